@@ -1,0 +1,1 @@
+"""Gradient sinks, projections, stores, scores and selection."""

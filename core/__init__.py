@@ -1,0 +1,1 @@
+"""Models and plumbing; knows no task and imports nothing of ours."""

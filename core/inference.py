@@ -1,0 +1,52 @@
+"""Running a model over many batches without a gradient."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from core import model, sharding
+from core.config import Execution, ModelConfig
+from core.rows import Batch, read_ahead
+from core.schema import Params
+
+token_losses = functools.partial(jax.jit, static_argnums=(0, 1))(model.token_losses)
+
+
+def overlapped(batches: Any, compute: Callable[[Batch], Any], start: int = 0) -> Iterator[Any]:
+    """(batch, result on the host) of a random-access source of batches, from number `start`.
+
+    The device works on one batch while the host deals with the one before, and grain loads the
+    next ones.
+    """
+    waiting: tuple[Batch, Any] | None = None
+    for batch in read_ahead(batches, start):
+        ahead = (batch, compute(batch))
+        if waiting is not None:
+            yield waiting[0], jax.device_get(waiting[1])
+        waiting = ahead
+    if waiting is not None:
+        yield waiting[0], jax.device_get(waiting[1])
+
+
+def placer() -> Callable[[Batch], tuple[jax.Array, jax.Array]]:
+    """A function that puts a batch's ids and labels on all devices, split by rows."""
+    where = sharding.over_rows(sharding.make_mesh())
+    return lambda batch: (
+        sharding.place(batch.ids_BT, where),
+        sharding.place(batch.labels_BT, where),
+    )
+
+
+def batch_losses(
+    config: ModelConfig, execution: Execution, params: Params, batches: Any
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Each batch of a random-access source (see `core.rows.Plan`) with its token losses [B,T]."""
+    place = placer()
+
+    def compute(batch: Batch) -> jax.Array:
+        return token_losses(config, execution, {"params": params}, *place(batch))
+
+    return overlapped(batches, compute)

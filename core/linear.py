@@ -1,0 +1,89 @@
+"""The one place where an activation meets a weight.
+
+Dims: B batch, T tokens, I inputs, O outputs, R adapter rank.
+
+Optional behaviour arrives as variable collections, so model files know none of it and an absent
+collection costs nothing: `lora` adds a low-rank product, `taps` hands out the input, `sinks`
+catch gradient statistics. A sink is an identity on the output whose backward rule returns, as the
+cotangent of a dummy argument, what its rule makes of the input and the output's cotangent: for
+y = xW, dL/dW = x^T g, so any statistic of per-example gradients is a function of x and g.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+from flax import linen as nn
+
+
+class Rule(Protocol):
+    """What a sink keeps from the forward pass and emits in the backward pass; hashable."""
+
+    def save(self, x_BTI: jax.Array, aux: Any) -> Any:
+        """The residual kept until the backward pass."""
+        ...
+
+    def emit(self, saved: Any, aux: Any, g_BTO: jax.Array) -> Any:
+        """The statistic: same structure, shapes and dtypes as `Sink.out`."""
+        ...
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, meta_fields=["rule"], data_fields=["aux", "out"]
+)
+@dataclasses.dataclass(frozen=True)
+class Sink:
+    """One site's entry in the `sinks` collection; the gradient with respect to `out` is the catch.
+
+    aux: arrays the rule needs (projections, normalisers). out: zeros of the statistic's shape.
+    """
+
+    rule: Rule
+    aux: Any
+    out: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sink(rule: Rule, y_BTO: jax.Array, x_BTI: jax.Array, aux: Any, out: Any) -> jax.Array:
+    del rule, x_BTI, aux, out
+    return y_BTO
+
+
+def _sink_forward(rule: Rule, y_BTO: jax.Array, x_BTI: jax.Array, aux: Any, out: Any):
+    return y_BTO, (rule.save(x_BTI, aux), aux)
+
+
+def _sink_backward(rule: Rule, residual: Any, g_BTO: jax.Array):
+    saved, aux = residual
+    return g_BTO, None, None, rule.emit(saved, aux, g_BTO)
+
+
+_sink.defvjp(_sink_forward, _sink_backward)
+
+
+class Linear(nn.Module):
+    """y = x W (+ b), W stored [in, out]; computed in the dtype of `x`."""
+
+    features: int
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        w_IO = self.param("w", nn.initializers.zeros, (x_BTI.shape[-1], self.features))
+        y_BTO = x_BTI @ w_IO.astype(x_BTI.dtype)
+        if self.bias:
+            b_O = self.param("b", nn.initializers.zeros, (self.features,))
+            y_BTO = y_BTO + b_O.astype(x_BTI.dtype)[None, None]
+        self.sow("taps", "in", x_BTI, reduce_fn=lambda _, x: x, init_fn=lambda: None)
+        y_BTO = self._catch("weight", y_BTO, x_BTI)
+        if self.has_variable("lora", "a"):
+            a_IR, b_RO = (self.get_variable("lora", n).astype(x_BTI.dtype) for n in "ab")
+            scale = self.get_variable("lora", "scale").astype(x_BTI.dtype)
+            h_BTR = self._catch("lora_a", x_BTI @ a_IR, x_BTI)
+            y_BTO = y_BTO + scale * self._catch("lora_b", h_BTR @ b_RO, h_BTR)
+        return y_BTO
+
+    def _catch(self, name: str, y_BTO: jax.Array, x_BTI: jax.Array) -> jax.Array:
+        sink = self.get_variable("sinks", name)
+        return y_BTO if sink is None else _sink(sink.rule, y_BTO, x_BTI, sink.aux, sink.out)

@@ -1,0 +1,190 @@
+"""Cross-entropy that never holds the logits of a whole batch.
+
+Dims: B batch, T tokens, D width, V vocabulary, C tokens of a row in one chunk.
+
+Both routes walk chunks of positions. Positions that carry no label are first sorted behind the
+others, so a chunk of only such positions costs nothing: a query with two answer tokens pays for
+one chunk. nll = logsumexp(z) - z[label]; its derivative in z is softmax(z) - onehot(label).
+
+`token_nll` is plain code that any mode of differentiation passes through; it recomputes logits in
+the backward pass. `weighted_nll` knows the weights beforehand, so its forward pass leaves behind
+the finished gradients and no logits are formed twice (Liger-Kernel, arXiv 2410.10989). Its two
+rules are plain differentiable code: forward mode may be applied to its gradient.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+IGNORED = -100
+
+
+class Chunks(NamedTuple):
+    """Positions regrouped as [chunks, B, C, ...]; `order_BT` is the place each came from."""
+
+    hidden: jax.Array
+    targets: jax.Array
+    order_BT: jax.Array
+
+
+def _chunks(hidden_BTD: jax.Array, targets_BT: jax.Array, tokens: int) -> Chunks:
+    b, t, d = hidden_BTD.shape
+    n = -(-b * t // tokens)
+    if n <= 1:
+        order_BT = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
+        return Chunks(hidden_BTD[None], targets_BT[None], order_BT)
+    c = -(-t // n)
+    n = -(-t // c)
+    order_BT = jnp.argsort(targets_BT == IGNORED, axis=1, stable=True)
+    hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
+    targets_BT = jnp.take_along_axis(targets_BT, order_BT, axis=1)
+    pad = ((0, 0), (0, n * c - t))
+    hidden_BTD = jnp.pad(hidden_BTD, (*pad, (0, 0)))
+    targets_BT = jnp.pad(targets_BT, pad, constant_values=IGNORED)
+    return Chunks(
+        jnp.swapaxes(hidden_BTD.reshape(b, n, c, d), 0, 1),
+        jnp.swapaxes(targets_BT.reshape(b, n, c), 0, 1),
+        order_BT,
+    )
+
+
+def _unchunk(chunked: jax.Array, order_BT: jax.Array) -> jax.Array:
+    """[n, B, C, ...] -> [B, T, ...] in the original order."""
+    b, t = order_BT.shape
+    x = jnp.swapaxes(chunked, 0, 1).reshape(b, -1, *chunked.shape[3:])[:, :t]
+    if chunked.shape[0] == 1:
+        return x
+    back_BT = jnp.argsort(order_BT, axis=1)
+    return jnp.take_along_axis(x, back_BT.reshape(b, t, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _logits(hidden_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(hidden_BCD.dtype, jnp.float32)
+    head_VD = head_VD.astype(hidden_BCD.dtype)
+    return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=wide)
+
+
+def _pick(x_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BCV, jnp.maximum(targets_BC, 0)[..., None], axis=-1)[..., 0]
+
+
+def token_nll(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk: int
+) -> jax.Array:
+    """-log p(target) at every position, float32 [B,T]; 0 where the target is -100.
+
+    chunk: positions of the batch whose logits are held at once.
+    """
+    chunks = _chunks(hidden_BTD, targets_BT, chunk)
+
+    @jax.checkpoint
+    def nll(h_BCD: jax.Array, y_BC: jax.Array) -> jax.Array:
+        z_BCV = _logits(h_BCD, head_VD)
+        return jnp.where(y_BC == IGNORED, 0, jax.nn.logsumexp(z_BCV, -1) - _pick(z_BCV, y_BC))
+
+    if chunks.hidden.shape[0] == 1:
+        return nll(chunks.hidden[0], chunks.targets[0])
+
+    def body(carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        h_BCD, y_BC = chunk
+        zeros = jnp.zeros(y_BC.shape, jnp.promote_types(h_BCD.dtype, jnp.float32))
+        return carry, jax.lax.cond((y_BC != IGNORED).any(), nll, lambda *_: zeros, h_BCD, y_BC)
+
+    _, nll_nBC = jax.lax.scan(body, None, (chunks.hidden, chunks.targets))
+    return _unchunk(nll_nBC, chunks.order_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_nll(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(sum over positions of weight * nll, nll [B,T]), float32.
+
+    Differentiable in hidden, head and weights through the first output only; asking for a reverse
+    derivative through the second raises (use `token_nll`).
+    """
+    nll_BT = token_nll(hidden_BTD, head_VD, targets_BT, chunk)
+    return (weights_BT * nll_BT).sum(), nll_BT
+
+
+def _weighted_forward(
+    hidden: CustomVJPPrimal,
+    head: CustomVJPPrimal,
+    targets: CustomVJPPrimal,
+    weights: CustomVJPPrimal,
+    chunk: int,
+):
+    hidden_BTD, head_VD, targets_BT = hidden.value, head.value, targets.value
+    weights_BT = weights.value
+    head_low_VD = head_VD.astype(hidden_BTD.dtype)
+    chunks = _chunks(hidden_BTD, targets_BT, chunk)
+    weights_BT = jnp.where(targets_BT == IGNORED, 0, weights_BT)
+    weights_nBC = _chunks(weights_BT[..., None], targets_BT, chunk).hidden[..., 0]
+    wide = weights_BT.dtype
+
+    def gradients(h_BCD: jax.Array, y_BC: jax.Array, w_BC: jax.Array, dhead_VD: jax.Array | None):
+        z_BCV = _logits(h_BCD, head_VD)
+        top_BC1 = jax.lax.stop_gradient(z_BCV.max(-1, keepdims=True))
+        e_BCV = jnp.exp(z_BCV - top_BC1)
+        s_BC = e_BCV.sum(-1)
+        nll_BC = jnp.log(s_BC) + top_BC1[..., 0] - _pick(z_BCV, y_BC)
+        # The one-hot half of the derivative touches one row of the head per position, so it is a
+        # gather (and a scatter below), not another [B,C,V] array.
+        p_BCV = (e_BCV * (w_BC / s_BC)[..., None]).astype(h_BCD.dtype)
+        dh_BCD = jnp.einsum("BCV,VD->BCD", p_BCV, head_low_VD, preferred_element_type=wide)
+        dh_BCD = dh_BCD - w_BC[..., None] * head_VD[jnp.maximum(y_BC, 0)]
+        if dhead_VD is not None:
+            dhead_VD = dhead_VD + jnp.einsum(
+                "BCV,BCD->VD", p_BCV, h_BCD, preferred_element_type=wide
+            )
+        return jnp.where(y_BC == IGNORED, 0, nll_BC), dh_BCD.astype(h_BCD.dtype), dhead_VD
+
+    dhead_VD = jnp.zeros(head_VD.shape, wide) if head.perturbed else None
+    if chunks.hidden.shape[0] == 1:
+        nll, dh, dhead_VD = gradients(chunks.hidden[0], chunks.targets[0], weights_nBC[0], dhead_VD)
+        nll_nBC, dh_nBCD = nll[None], dh[None]
+    else:
+
+        def body(dhead_VD: jax.Array | None, chunk: tuple[jax.Array, jax.Array, jax.Array]):
+            def skip(h_BCD: jax.Array, y_BC: jax.Array, w_BC: jax.Array, dhead_VD):
+                return jnp.zeros(y_BC.shape, wide), jnp.zeros_like(h_BCD), dhead_VD
+
+            live = (chunk[1] != IGNORED).any()
+            nll_BC, dh_BCD, dhead_VD = jax.lax.cond(live, gradients, skip, *chunk, dhead_VD)
+            return dhead_VD, (nll_BC, dh_BCD)
+
+        dhead_VD, (nll_nBC, dh_nBCD) = jax.lax.scan(
+            body, dhead_VD, (chunks.hidden, chunks.targets, weights_nBC)
+        )
+    nll_BT = _unchunk(nll_nBC, chunks.order_BT)
+    dh_BTD = _unchunk(dh_nBCD, chunks.order_BT)
+    if dhead_VD is not None:
+        wh_BTD = weights_BT[..., None] * hidden_BTD.astype(wide)
+        dhead_VD = dhead_VD.at[jnp.maximum(targets_BT, 0)].add(-wh_BTD)
+    return ((weights_BT * nll_BT).sum(), nll_BT), (dh_BTD, dhead_VD, nll_BT)
+
+
+def _weighted_backward(chunk: int, residual, cotangents):
+    del chunk
+    dh_BTD, dhead_VD, nll_BT = residual
+    g, g_nll = cotangents
+    if not isinstance(g_nll, SymbolicZero):
+        raise TypeError("weighted_nll has no reverse derivative through its nll; use token_nll")
+    if isinstance(g, SymbolicZero):
+        return None, None, None, None
+    return (
+        (g * dh_BTD.astype(g.dtype)).astype(dh_BTD.dtype),
+        None if dhead_VD is None else g * dhead_VD,
+        None,
+        g * nll_BT,
+    )
+
+
+weighted_nll.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)

@@ -1,0 +1,130 @@
+"""The decoder, its losses and its logits.
+
+Dims: B batch, T tokens, D width, V vocabulary.
+
+`variables` is {"params": tree} and, when wanted, the collections `lora`, `sinks`, `taps` that the
+linear site understands; arrays of the blocks are stacked on a leading layer axis. Losses are
+label-aligned: entry t belongs to predicting token t, and entry 0 is always zero.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from core import families, loss
+from core.config import Execution, ModelConfig
+from core.schema import Params
+
+Variables = dict[str, Any]
+
+
+class Decoder(nn.Module):
+    """ids [B,T] -> final hidden states [B,T,D], in the compute dtype."""
+
+    config: ModelConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        family, layers = families.of(self.config), self.config.layers
+        unroll = self.execution.unroll(layers)
+
+        def layer(block: nn.Module, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
+            x_BTD = block(x_BTD)
+            block.sow("taps", "resid", x_BTD, reduce_fn=lambda _, x: x, init_fn=lambda: None)
+            return x_BTD, None
+
+        if self.execution.remat:
+            # Inside a loop the barrier against common-subexpression elimination is not needed;
+            # unrolled, XLA would undo the recomputation without it.
+            layer = nn.remat(layer, prevent_cse=unroll > 1)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0, "lora": 0, "sinks": 0, "taps": 0},
+            split_rngs={"params": True},
+            length=layers,
+            unroll=unroll,
+        )
+        x_BTD = family.Embed(self.config, name="embed")(ids_BT)
+        x_BTD = x_BTD.astype(self.execution.compute_dtype)
+        x_BTD, _ = stack(family.Block(self.config, name="blocks"), x_BTD, None)
+        return family.FinalNorm(self.config.norm_eps, name="final_norm")(x_BTD)
+
+
+def head(config: ModelConfig, params: Params) -> jax.Array:
+    """The output matrix [V,D]."""
+    return params["embed"]["wte"] if config.tied else params["head"]
+
+
+def hidden(
+    config: ModelConfig, execution: Execution, variables: Variables, ids_BT: jax.Array
+) -> jax.Array:
+    """Final hidden states [B,T,D]."""
+    return Decoder(config, execution).apply(variables, ids_BT)
+
+
+def taps(
+    config: ModelConfig, execution: Execution, variables: Variables, ids_BT: jax.Array
+) -> Params:
+    """Every site's input and each block's output, stacked over layers: `{"blocks": ...}`."""
+    _, collected = Decoder(config, execution).apply(variables, ids_BT, mutable=["taps"])
+    return collected["taps"]
+
+
+def logits(
+    config: ModelConfig, execution: Execution, variables: Variables, ids_BT: jax.Array
+) -> jax.Array:
+    """All logits, float32 [B,T,V]: for tests and short prompts; losses never form them."""
+    h_BTD = hidden(config, execution, variables, ids_BT)
+    w_VD = head(config, variables["params"]).astype(h_BTD.dtype)
+    wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    return jnp.einsum("BTD,VD->BTV", h_BTD, w_VD, preferred_element_type=wide)
+
+
+def targets(labels_BT: jax.Array) -> jax.Array:
+    """What each position predicts: the labels moved one place left, -100 at the end."""
+    return jnp.pad(labels_BT[:, 1:], ((0, 0), (0, 1)), constant_values=loss.IGNORED)
+
+
+def _aligned(x_BT: jax.Array) -> jax.Array:
+    return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
+
+
+def token_losses(
+    config: ModelConfig,
+    execution: Execution,
+    variables: Variables,
+    ids_BT: jax.Array,
+    labels_BT: jax.Array,
+) -> jax.Array:
+    """-log p(labels[t] | ids[<t]) in nats, float32 [B,T], 0 where unsupervised.
+
+    Any derivative may be taken of it.
+    """
+    h_BTD = hidden(config, execution, variables, ids_BT)
+    chunk = execution.tokens_per_chunk(config.vocab_size)
+    w_VD = head(config, variables["params"])
+    return _aligned(loss.token_nll(h_BTD, w_VD, targets(labels_BT), chunk))
+
+
+def weighted_loss(
+    config: ModelConfig,
+    execution: Execution,
+    variables: Variables,
+    ids_BT: jax.Array,
+    labels_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of weight * token loss, token losses [B,T]); weights are label-aligned.
+
+    Reverse derivatives go through the sum only (see `core.loss.weighted_nll`).
+    """
+    h_BTD = hidden(config, execution, variables, ids_BT)
+    chunk = execution.tokens_per_chunk(config.vocab_size)
+    shifted_BT = jnp.pad(weights_BT[:, 1:], ((0, 0), (0, 1)))
+    total, nll_BT = loss.weighted_nll(
+        h_BTD, head(config, variables["params"]), targets(labels_BT), shifted_BT, chunk
+    )
+    return total, _aligned(nll_BT)

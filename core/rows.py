@@ -1,0 +1,329 @@
+"""Rows on disk and the batches made from them.
+
+A rows folder is a Hugging Face dataset saved to disk with `input_ids` and `labels` (label-aligned:
+labels[t] is what position t should turn out to be, -100 = unsupervised) and optional provenance
+columns; tools that pre-tokenise this way read and write the same folders. Beside it stands
+`rows.json` with the tokenizer's fingerprint and a checksum. Columns stay memory-mapped.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.errors import InputError
+from core.files import PathLike, atomic_folder, read_json, write_json
+
+IGNORED = -100
+SIDECAR = "rows.json"
+
+
+class Ragged:
+    """A list column as memory-mapped pieces: values and row offsets of each Arrow chunk."""
+
+    def __init__(self, column: Any, name: str, where: PathLike):
+        import pyarrow as pa
+
+        self.pieces: list[tuple[np.ndarray, np.ndarray]] = []
+        for chunk in column.chunks:
+            is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
+            if not is_list or not pa.types.is_integer(chunk.type.value_type) or chunk.null_count:
+                raise InputError(
+                    f"{where}: column {name!r} is {chunk.type}; it must be a list of integers"
+                )
+            self.pieces.append((chunk.values.to_numpy(), chunk.offsets.to_numpy()))
+        counts = [len(offsets) - 1 for _, offsets in self.pieces]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        parts = [np.diff(offsets) for _, offsets in self.pieces]
+        self.lengths = np.concatenate(parts or [np.zeros(0)]).astype(np.int64)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        piece = int(np.searchsorted(self.starts, i, side="right")) - 1
+        values, offsets = self.pieces[piece]
+        j = i - self.starts[piece]
+        return values[offsets[j] : offsets[j + 1]]
+
+
+class Rows:
+    """Validated rows; index with `ids(i)` and `labels(i)`, int32 [T]."""
+
+    def __init__(
+        self, path: Path, table: Any, ids: Ragged, labels: Ragged, index: np.ndarray, info: dict
+    ):
+        self.path, self.info, self.index = path, info, index
+        self._table, self._ids, self._labels = table, ids, labels
+        self.lengths = ids.lengths[index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def ids(self, i: int) -> np.ndarray:
+        return self._ids[int(self.index[i])].astype(np.int32)
+
+    def labels(self, i: int) -> np.ndarray:
+        return self._labels[int(self.index[i])].astype(np.int32)
+
+    @functools.cached_property
+    def trained(self) -> np.ndarray:
+        """Supervised tokens of each row, int64 [N]; the first token is never one."""
+        counts = [_supervised(values, offsets) for values, offsets in self._labels.pieces]
+        return np.concatenate(counts)[self.index]
+
+    @property
+    def columns(self) -> list[str]:
+        return [n for n in self._table.column_names if n not in ("input_ids", "labels")]
+
+    def column(self, name: str) -> list[Any] | None:
+        """A provenance column as a list, or None when the rows have no such column."""
+        if name not in self._table.column_names:
+            return None
+        return self._table.column(name).take(self.index).to_pylist()
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Fingerprint of the tokenizer that made the ids, when it was recorded."""
+        return self.info.get("tokenizer")
+
+    @functools.cached_property
+    def sha(self) -> str:
+        """sha256 over every row's ids and labels, in order."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            ids = self.ids(i)
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+            digest.update(self.labels(i).tobytes())
+        return digest.hexdigest()
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Rows":
+        chosen = self.index[np.asarray(indices, np.int64)]
+        return Rows(self.path, self._table, self._ids, self._labels, chosen, self.info)
+
+
+def _supervised(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Count of labels[1:] != -100 of every row of one piece."""
+    total = np.concatenate([[0], np.cumsum(values != IGNORED)])
+    firsts = np.minimum(offsets[:-1] + 1, offsets[1:])  # an empty row counts nothing
+    return (total[offsets[1:]] - total[firsts]).astype(np.int64)
+
+
+def load_rows(path: PathLike, vocab_size: int | None = None, context: int | None = None) -> Rows:
+    """Open a rows folder and check every row; InputError names the first bad one.
+
+    vocab_size, context: of the model the rows are for; ids and lengths must fit.
+    """
+    import datasets
+
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"rows folder {path} does not exist")
+    if not (path / "dataset_info.json").exists():
+        raise InputError(
+            f"{path} is not a rows folder (no dataset_info.json); make one with `data text` or "
+            "`data query`, or save a Hugging Face dataset with input_ids and labels to disk"
+        )
+    try:
+        dataset = datasets.Dataset.load_from_disk(str(path))
+        table = dataset.with_format("arrow")[:]
+    except Exception as error:  # the library raises many kinds for a damaged folder
+        raise InputError(f"rows folder {path} cannot be read ({error}); make it again") from error
+    for name in ("input_ids", "labels"):
+        if name not in table.column_names:
+            remedy = "add labels = input_ids to train on every token" if name == "labels" else ""
+            found = ", ".join(table.column_names)
+            raise InputError(f"{path} has no column {name!r} (found: {found}) {remedy}".strip())
+    if table.num_rows == 0:
+        raise InputError(f"{path} has no rows")
+    ids = Ragged(table.column("input_ids"), "input_ids", path)
+    labels = Ragged(table.column("labels"), "labels", path)
+    info = read_json(path / SIDECAR) if (path / SIDECAR).exists() else {}
+    rows = Rows(path, table, ids, labels, np.arange(table.num_rows), info)
+    _check(rows, ids, labels, vocab_size, context)
+    return rows
+
+
+def _check(
+    rows: Rows, ids: Ragged, labels: Ragged, vocab_size: int | None, context: int | None
+) -> None:
+    def fail(bad: np.ndarray, what: str, remedy: str) -> None:
+        if bad.any():
+            first = int(np.argmax(bad))
+            raise InputError(f"{rows.path} row {first} {what.format(first)}; {remedy}")
+
+    fail(ids.lengths == 0, "is empty", "drop empty rows")
+    fail(ids.lengths != labels.lengths, "has labels of another length than input_ids",
+         "make them equal, with -100 where a token is not supervised")  # fmt: skip
+    fail(rows.trained == 0, "has no supervised label after its first token (all are -100)",
+         "drop it or supervise a token")  # fmt: skip
+    if context is not None and (ids.lengths > context).any():
+        first = int(np.argmax(ids.lengths > context))
+        raise InputError(
+            f"{rows.path} row {first} has {ids.lengths[first]} tokens, more than the model's "
+            f"context of {context}; make the rows again with --length {context} or less"
+        )
+    top = np.inf if vocab_size is None else vocab_size
+    for column, name, low in ((ids, "input_ids", 0), (labels, "labels", IGNORED)):
+        for start, (values, offsets) in zip(column.starts[:-1], column.pieces, strict=True):
+            used = values[offsets[0] : offsets[-1]]
+            if not len(used) or (used.min() >= max(low, 0) and used.max() < top):
+                continue
+            bad = (used < low) | (used >= top) | ((used < 0) & (used != low))
+            if not bad.any():
+                continue
+            at = int(np.argmax(bad)) + offsets[0]
+            row = int(start + np.searchsorted(offsets, at, side="right") - 1)
+            size = f"outside the model's vocabulary of {vocab_size}" if vocab_size else "negative"
+            raise InputError(
+                f"{rows.path} row {row}: {name} holds token id {values[at]}, {size}; "
+                "tokenise with the model's own tokenizer"
+            )
+
+
+def save_rows(
+    path: PathLike,
+    input_ids: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray] | None = None,
+    columns: dict[str, list[Any]] | None = None,
+    tokenizer: str | None = None,
+    info: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a rows folder atomically; returns its `rows.json`.
+
+    labels None = every token supervised. info: more keys of `rows.json`. extra: further JSON
+    files by name.
+    """
+    import datasets
+    import pyarrow as pa
+
+    if not input_ids:
+        raise InputError(f"{path}: there are no rows to write; the input is empty")
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in input_ids])])
+    width = pa.int64() if offsets[-1] > np.iinfo(np.int32).max else pa.int32()
+    kind = pa.LargeListArray if width == pa.int64() else pa.ListArray
+
+    def ragged(values: Sequence[np.ndarray]) -> pa.Array:
+        flat = np.concatenate([np.asarray(v, np.int32) for v in values])
+        return kind.from_arrays(pa.array(offsets, width), pa.array(flat))
+
+    ids = ragged(input_ids)
+    arrays = {"input_ids": ids, "labels": ids if labels is None else ragged(labels)}
+    arrays |= {name: pa.array(values) for name, values in (columns or {}).items()}
+    sidecar = {
+        "format": "rows",
+        "rows": len(input_ids),
+        "tokens": int(offsets[-1]),
+        "tokenizer": tokenizer,
+        **(info or {}),
+    }
+    with atomic_folder(path) as folder:
+        bars = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            datasets.Dataset(pa.table(arrays)).save_to_disk(str(folder))
+        finally:
+            if bars:
+                datasets.enable_progress_bars()
+        for name, content in {SIDECAR: sidecar, **(extra or {})}.items():
+            write_json(folder / name, content)
+    return sidecar
+
+
+def same_tokenizer(first: Rows, second: Rows) -> None:
+    """Raise when both record a tokenizer and the two differ."""
+    if first.tokenizer and second.tokenizer and first.tokenizer != second.tokenizer:
+        raise InputError(
+            f"{first.path} and {second.path} were made with different tokenizers "
+            f"({first.tokenizer[:12]} and {second.tokenizer[:12]}); tokenise both with one"
+        )
+
+
+class Batch(NamedTuple):
+    """Rows padded to one length. B rows, T tokens; `rows_B` is -1 for padding rows."""
+
+    ids_BT: np.ndarray
+    labels_BT: np.ndarray
+    rows_B: np.ndarray
+
+    @property
+    def trained(self) -> int:
+        return int((self.labels_BT[:, 1:] != IGNORED).sum())
+
+
+def pad_batch(rows: Rows, chosen: np.ndarray, length: int) -> Batch:
+    """Rows `chosen` [B] (-1 = an empty row) padded on the right with id 0 and label -100."""
+    ids_BT = np.zeros((len(chosen), length), np.int32)
+    labels_BT = np.full((len(chosen), length), IGNORED, np.int32)
+    for place, i in enumerate(chosen):
+        if i >= 0:
+            ids, labels = rows.ids(i), rows.labels(i)
+            ids_BT[place, : len(ids)] = ids
+            labels_BT[place, : len(labels)] = labels
+    return Batch(ids_BT, labels_BT, chosen.astype(np.int64))
+
+
+def bucket(length: int, longest: int) -> int:
+    """The padded length: the next of 16, 24, 32, 48, 64, 96, ... or the longest row itself."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, longest)
+
+
+class Plan:
+    """Which rows form which batch: sorted by length, one shape per bucket, fixed by the rows."""
+
+    def __init__(self, rows: Rows, batch_tokens: int, multiple: int = 1):
+        self.rows = rows
+        longest = int(rows.lengths.max())
+        buckets = np.array([bucket(int(n), longest) for n in range(longest + 1)])[rows.lengths]
+        self.batches: list[tuple[np.ndarray, int]] = []
+        for length in sorted(set(buckets.tolist()), reverse=True):
+            members = np.flatnonzero(buckets == length)
+            size = min(max(batch_tokens // length, 1), len(members))
+            size = -(-size // multiple) * multiple
+            for start in range(0, len(members), size):
+                chosen = np.full(size, -1, np.int64)
+                part = members[start : start + size]
+                chosen[: len(part)] = part
+                self.batches.append((chosen, length))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> Batch:
+        chosen, length = self.batches[k]
+        return pad_batch(self.rows, chosen, length)
+
+
+def read_ahead(source: Any, start: int = 0) -> Iterator[Any]:
+    """Iterate a random-access source from `start`, loading ahead in grain's threads."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    if start >= len(source):
+        return iter(())
+    return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(options))
+
+
+def training_batches(rows: Rows, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Endless shuffled batches [batch, T]; every epoch is shuffled anew.
+
+    Batch number s is a function of (rows, batch, seed, s) alone, so a run resumes anywhere.
+    """
+    import grain
+
+    longest = int(rows.lengths.max())
+
+    def load(chosen: np.ndarray) -> Batch:
+        length = bucket(int(rows.lengths[chosen].max()), longest)
+        return pad_batch(rows, chosen, length)
+
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    iterator = iter(order.map(load).to_iter_dataset(options))
+    if start:
+        iterator.set_state({"next_index": start})
+    return iterator
