@@ -206,6 +206,7 @@ def score(
         "spec": spec.to_json(),
         "coverage": gradients.coverage(config),
         "queries": n_query,
+        "tokenizer": query.loaded.tokenizer and str(query.loaded.tokenizer),
         "pool": {"path": str(pool_rows.path), **pool.hashes},
         "query": {"path": str(query.rows.path), **query.hashes},
         "seconds": time.monotonic() - began,

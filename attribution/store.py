@@ -25,6 +25,7 @@ from core.memmap import FilledArray, open_array
 from core.progress import Progress
 from core.rows import Batch, Plan, Rows
 from core.rundir import Run
+from core.sharding import make_mesh, replicated
 
 
 class Features(NamedTuple):
@@ -44,11 +45,12 @@ class Pass:
         self.loaded, self.rows, self.spec, self.execution = loaded, rows, spec, execution
         self.plan = Plan(rows, batch_tokens, jax.device_count())
         self.aux = gradients.projections(loaded.config, spec)
+        self._params = jax.device_put(loaded.params, replicated(make_mesh()))
         self._place = placer()
 
     def compute(self, batch: Batch) -> Features:
         features_BD, losses_B = gradients.example_gradients(
-            self.loaded.config, self.execution, self.spec, self.loaded.params, self.aux,
+            self.loaded.config, self.execution, self.spec, self._params, self.aux,
             *self._place(batch),
         )  # fmt: skip
         return Features(batch.rows_B, features_BD, losses_B)
@@ -74,6 +76,7 @@ class Store:
         self.losses = open_array(self.path / "losses.npy")
         if self.array.shape != (self.info["rows_count"], self.info["width"]):
             raise InputError(f"{path}: gradients.npy does not fit info.json; build it again")
+        self.rows_path = Path(self.info["rows_path"])
         size = max(1, 2**24 // max(self.array.shape[1], 1))
         starts = range(0, len(self.array), size)
         self.plan = [np.arange(s, min(s + size, len(self.array))) for s in starts]
@@ -136,6 +139,7 @@ def build(run: Run, source: Pass) -> dict[str, Any]:
         "spec": source.spec.to_json(),
         "sites": [f._asdict() for f in gradients.features(config, source.spec)],
         "coverage": gradients.coverage(config),
+        "rows_path": str(source.rows.path),
         **source.hashes,
     }
     write_json(run.path / "info.json", info)

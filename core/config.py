@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from core.errors import InputError
+from core.files import PathLike, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +97,13 @@ class Execution:
 
     def tokens_per_chunk(self, vocab_size: int) -> int:
         return self.loss_chunk or max(128, 2**25 // vocab_size)
+
+
+def read_config(path: PathLike) -> ModelConfig:
+    """A model config file: our own fields, or a Hugging Face `config.json` with a `model_type`."""
+    from core import families
+
+    content = read_json(path)
+    if isinstance(content, dict) and "model_type" in content:
+        return families.from_hf(content, str(path))
+    return ModelConfig.from_json(content, str(path))

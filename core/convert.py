@@ -282,7 +282,7 @@ def _gate_ids(config: ModelConfig) -> np.ndarray:
     length = max(1, min(config.context, GATE_LOGITS // config.vocab_size))
     ids_T = np.random.default_rng(0).integers(config.vocab_size, size=length, dtype=np.int32)
     special = [0, config.vocab_size - 1, config.bos, config.eos]
-    special = [i for i in special if i is not None and i < config.vocab_size][:length]
+    special = [i for i in special if i is not None and 0 <= i < config.vocab_size][:length]
     ids_T[: len(special)] = special
     return ids_T
 

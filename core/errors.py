@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The two ways a command ends early on purpose."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it as one line and exits with code 2, without a traceback.
     """
+
+
+class Preempted(Exception):
+    """A run was told to stop; it has saved what it did, and the same command continues it."""

@@ -65,7 +65,7 @@ def _gpt2(config: dict[str, Any], tensors: safetensors.Tensors, ids_T: np.ndarra
 
 
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:

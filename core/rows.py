@@ -109,10 +109,16 @@ def _supervised(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return (total[offsets[1:]] - total[firsts]).astype(np.int64)
 
 
-def load_rows(path: PathLike, vocab_size: int | None = None, context: int | None = None) -> Rows:
+def load_rows(
+    path: PathLike,
+    vocab_size: int | None = None,
+    context: int | None = None,
+    tokenizer: str | None = None,
+) -> Rows:
     """Open a rows folder and check every row; InputError names the first bad one.
 
-    vocab_size, context: of the model the rows are for; ids and lengths must fit.
+    vocab_size, context, tokenizer (its fingerprint): of the model the rows are for; ids and
+    lengths must fit, and a recorded tokenizer must be this one.
     """
     import datasets
 
@@ -140,6 +146,9 @@ def load_rows(path: PathLike, vocab_size: int | None = None, context: int | None
     labels = Ragged(table.column("labels"), "labels", path)
     info = read_json(path / SIDECAR) if (path / SIDECAR).exists() else {}
     rows = Rows(path, table, ids, labels, np.arange(table.num_rows), info)
+    if tokenizer and rows.tokenizer and rows.tokenizer != tokenizer:
+        raise InputError(f"{path} was made with another tokenizer ({rows.tokenizer[:12]}) than the "
+                         f"model's ({tokenizer[:12]}); tokenise it again")  # fmt: skip
     _check(rows, ids, labels, vocab_size, context)
     return rows
 

@@ -1,0 +1,1 @@
+"""Benchmark tasks, scorers, statistics and the report."""

@@ -1,0 +1,1 @@
+"""The room for benchmark tasks, one declarative file each; empty for now."""

@@ -1,0 +1,109 @@
+"""What every tokenizer is: a table of pieces, a function for plain text, and control tokens.
+
+A kind (bytes, byte-level BPE) is a function that builds a `Tokenizer`, not a subclass of it.
+Control tokens such as <|endoftext|> are cut out of the text before that function sees it, longest
+first, and only on request: by default text that spells one is ordinary text.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tokenizers.files import TokenizerError, write_files
+
+
+class Cutter:
+    """Cuts listed strings out of a text, leftmost then longest, and encodes what lies between."""
+
+    def __init__(self, tokens: Mapping[str, int]):
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self.tokens = tokens
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    def encode(self, text: str, between: Callable[[str], Sequence[int]]) -> Sequence[int]:
+        parts = self.pattern.split(text)  # text, token, text, ..., token, text
+        if len(parts) == 1:
+            return between(text)
+        ids = list(between(parts[0]))
+        for token, rest in zip(parts[1::2], parts[2::2], strict=True):
+            ids.append(self.tokens[token])
+            if rest:
+                ids += between(rest)
+        return ids
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to token ids and back.
+
+    name is for people. fingerprint is a sha256 over all that decides which ids a text gets and
+    which bytes an id stands for: equal for equal tokenizers, in whatever layout and place their
+    files are. bos, eos, pad and add_bos, which say how ids are used, are not part of it.
+    """
+
+    name: str
+    fingerprint: str
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    add_bos: bool  # the model expects bos first; `encode` leaves adding it to the caller
+    control: Mapping[str, int] = field(repr=False)
+    pieces: Mapping[int, bytes] = field(repr=False)
+    encode_text: Callable[[str], Sequence[int]] = field(repr=False)
+    files: Mapping[str, bytes] = field(repr=False)  # what `save` writes
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The largest id + 1. A model's embedding may have more rows."""
+        return max(self.pieces) + 1
+
+    @functools.cached_property
+    def _control(self) -> Cutter:
+        return Cutter(self.control)
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids, int32 [T]. special: text that spells a control token becomes that token.
+
+        Lone surrogates, which UTF-8 cannot represent, become U+FFFD.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self._control.encode(text, self.encode_text) if special else self.encode_text(text)
+        return np.fromiter(ids, np.int32, len(ids))
+
+    def decode_bytes(self, ids: ArrayLike) -> bytes:
+        """The bytes of ids [T]; not always UTF-8, since a token may end inside a character.
+
+        Raises TokenizerError on an id that no token has.
+        """
+        try:
+            return b"".join([self.pieces[i] for i in np.asarray(ids).tolist()])
+        except KeyError as error:
+            raise TokenizerError(
+                f"tokenizer {self.name} has no token {error}, only {len(self.pieces)} tokens with"
+                f" ids 0 to {self.vocab_size - 1}: do the ids come from another tokenizer?"
+            ) from None
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of ids [T], with U+FFFD for what is not UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files from which `tokenizers.load(folder)` gives this tokenizer again.
+
+        Raises TokenizerError if the folder holds another tokenizer in another layout.
+        """
+        write_files(Path(folder), self.files)
+
+
+def fingerprint(*parts: object) -> str:
+    """sha256 hex of parts made of tuples, lists, str, bytes, int and bool, all in a fixed order."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

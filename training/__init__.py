@@ -1,0 +1,1 @@
+"""Data, one step, the loop that repeats it, LoRA, fine-tuning and GRPO."""

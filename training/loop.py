@@ -1,0 +1,232 @@
+"""The training loop: batches in, metrics and checkpoints out, killed at any moment and resumed.
+
+A run's state is (step, parameters, optimizer state); batch s is a function of (rows, seed, s), so
+a run that is killed and started again goes on from its last checkpoint and ends bit-identical.
+"""
+
+import dataclasses
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from core import checkpoint, families, sharding
+from core.config import Execution, ModelConfig
+from core.errors import InputError, Preempted
+from core.files import append_jsonl, read_jsonl, write_jsonl
+from core.inference import batch_losses
+from core.progress import Progress
+from core.rows import Batch, Plan, Rows, training_batches
+from core.rundir import Run
+from core.schema import Params
+from training.optim import Optim, learning_rate
+from training.step import Metrics, Recipe, State, initial, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """batch: rows per optimizer step, split into `accumulate` micro-batches. *_every: steps."""
+
+    steps: int
+    batch: int = 8
+    accumulate: int = 1
+    seed: int = 0
+    save_every: int = 500
+    eval_every: int = 250
+    keep: int = 2
+    model_parallel: int = 1
+
+    def check(self, devices: int) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every", "eval_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.batch % self.accumulate:
+            raise InputError(f"--batch {self.batch} does not divide into --accumulate "
+                             f"{self.accumulate} micro-batches")  # fmt: skip
+        if (self.batch // self.accumulate) % (devices // self.model_parallel):
+            raise InputError(f"micro-batches of {self.batch // self.accumulate} rows do not divide "
+                             f"over {devices // self.model_parallel} devices")  # fmt: skip
+
+
+def train(
+    run: Run,
+    config: ModelConfig,
+    params: Params,
+    rows: Rows,
+    settings: Settings,
+    optim: Optim,
+    execution: Execution,
+    tokenizer: Any = None,
+    validation: Rows | None = None,
+) -> dict[str, Any]:
+    """Train to the end, or raise `Preempted` after SIGTERM/SIGINT; returns a summary.
+
+    The final model is written to `run.path / "model"`, with the tokenizer.
+    """
+    settings.check(jax.device_count())
+    optim.check(settings.steps)
+    mesh = sharding.make_mesh(model=settings.model_parallel)
+    recipe = Recipe(config, execution, optim, settings.steps)
+    saver = _Saver(run.path / "ckpt", settings.keep)
+    state = saver.restore(_place(recipe, mesh, params))
+    start, total = int(state.step), settings.steps
+    batches = training_batches(rows, settings.batch, settings.seed, start)
+    log = _Log(run.path, start, learning_rate(optim, total))
+    try:
+        with log, _Stop() as stop, Progress(total, f"train {run.path.name}", "step", start) as bar:
+            for step in range(start + 1, total + 1):
+                state, metrics = train_step(recipe, state, *_arrays(next(batches), settings, mesh))
+                log.step(step, metrics)
+                last = step == total
+                if validation is not None and (last or step % settings.eval_every == 0):
+                    loss = mean_loss(config, execution, state.params, validation)
+                    log.add(step, val_loss=loss)
+                if last or stop.asked or step % settings.save_every == 0:
+                    log.flush()
+                    saver.save(step, state)
+                bar.update(1, loss=f"{log.loss:.4f}", tok_s=f"{log.rate:,.0f}")
+                if stop.asked and not last:
+                    run.finish("PREEMPTED", step=step)
+                    raise Preempted(f"stopped after step {step} of {total}; run it again to go on")
+    except FloatingPointError as error:
+        run.finish("FAILED", error=str(error))
+        raise InputError(f"{error}; lower --lr, or look at the rows of that step") from None
+    fingerprint = checkpoint.save_model(run.path / "model", config, state.params, tokenizer)
+    return {"steps": total, "loss": log.loss, "model": fingerprint}
+
+
+def _place(recipe: Recipe, mesh: jax.sharding.Mesh, params: Params) -> State:
+    """The state before the first step, on the mesh; moments lie where their parameters lie."""
+    rows = families.rows(recipe.config)
+    where = sharding.parameter_shardings(rows, recipe.config.layers, mesh)
+    params = jax.tree.map(lambda x, s: sharding.place(np.asarray(x), s), params, where)
+    state = initial(recipe, params)
+    spread = optax.tree_map_params(
+        recipe.optimizer(),
+        lambda x, s: jax.device_put(x, s),
+        state.opt_state,
+        where,
+        transform_non_params=lambda x: jax.device_put(x, sharding.replicated(mesh)),
+    )
+    return State(jax.device_put(state.step, sharding.replicated(mesh)), params, spread)
+
+
+def _arrays(batch: Batch, settings: Settings, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
+    """ids, labels and unit weights as [A, B/A, T] on the mesh."""
+    where = sharding.over_rows(mesh, axis=1)
+    shape = (settings.accumulate, settings.batch // settings.accumulate, batch.ids_BT.shape[1])
+    weights_BT = np.ones(batch.ids_BT.shape, np.float32)
+    arrays = (batch.ids_BT, batch.labels_BT, weights_BT)
+    return tuple(sharding.place(x.reshape(shape), where) for x in arrays)
+
+
+def mean_loss(config: ModelConfig, execution: Execution, params: Params, rows: Rows) -> float:
+    """Mean loss per supervised token of all rows, in nats."""
+    losses = batch_losses(config, execution, params, Plan(rows, 8192, jax.device_count()))
+    return sum(float(nll_BT.sum()) for _, nll_BT in losses) / int(rows.trained.sum())
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard; one line a step, none twice after a resume.
+
+    Metrics stay on the device until they are a step old, so the device never waits for the host.
+    """
+
+    def __init__(self, folder: Path, start: int, rate: optax.Schedule):
+        from tensorboardX import SummaryWriter
+
+        self.file, self.schedule = folder / "metrics.jsonl", rate
+        self.kept = [m for m in read_jsonl(self.file) if m["step"] <= start] if start else []
+        write_jsonl(self.file, self.kept)
+        self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        self.pending: list[tuple[int, Metrics]] = []
+        self.lines: list[dict[str, Any]] = []
+        self.loss, self.rate = float("nan"), 0.0
+        self.trained = max((m.get("tokens", 0) for m in self.kept), default=0)
+        self.tokens, self.since = 0, 0.0
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.board.close()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        self.pending.append((step, metrics))
+        if len(self.pending) > 1:
+            self._read(*self.pending.pop(0))
+
+    def _read(self, step: int, metrics: Metrics) -> None:
+        loss, norm, tokens = (float(x) for x in metrics)
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step}")
+        self.loss = loss
+        self.trained += int(tokens)
+        if self.since:  # the first step's time is compilation
+            self.tokens += int(tokens)
+            self.rate = self.tokens / (time.monotonic() - self.since)
+        else:
+            self.since = time.monotonic()
+        self.add(step, loss=loss, lr=float(self.schedule(step - 1)), grad_norm=norm,
+                 tokens=self.trained, tokens_per_second=round(self.rate))  # fmt: skip
+
+    def add(self, step: int, **values: Any) -> None:
+        self.lines.append({"step": step, **values})
+        for name, value in values.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+
+    def flush(self) -> None:
+        while self.pending:
+            self._read(*self.pending.pop(0))
+        append_jsonl(self.file, self.lines)
+        self.lines = []
+
+
+class _Saver:
+    """Training checkpoints `ckpt/{step}`; a save is complete or does not exist."""
+
+    def __init__(self, folder: Path, keep: int):
+        import orbax.checkpoint as ocp
+
+        self.ocp = ocp
+        policy = ocp.checkpoint_managers.LatestN(keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, enable_async_checkpointing=False
+        )
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def restore(self, state: State) -> State:
+        """The newest complete checkpoint, laid out like `state`; or `state` if there is none."""
+        step = self.manager.latest_step()
+        if step is None:
+            return state
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        return self.manager.restore(step, args=self.ocp.args.StandardRestore(target))
+
+    def save(self, step: int, state: State) -> None:
+        self.manager.save(step, args=self.ocp.args.StandardSave(state))
+
+
+class _Stop:
+    """Within the block, the first SIGTERM or SIGINT asks for a stop, the second kills."""
+
+    asked = False
+
+    def __enter__(self) -> "_Stop":
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        del frame
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,104 @@
+"""The one training step: a weight for every token, a denominator fixed by the batch.
+
+Dims: A micro-batches, B rows of one, T tokens.
+
+    loss = sum_bt w_bt nll_bt / D,    D = number of supervised tokens of the whole batch
+
+D never depends on w, so that w = 1 is plain training, any other w is masking, unlearning or a
+policy gradient, and the derivative of the step in w is MAGIC. Micro-batches add numerators and
+are divided once, so accumulation changes nothing but memory.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from core import families, model
+from core.config import Execution, ModelConfig
+from core.schema import Params
+from training.optim import Optim, build
+
+
+class State(NamedTuple):
+    """Everything a step changes. `step` counts finished steps."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """Of one step, before its update: weighted loss (nats per token), gradient norm, tokens."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    tokens: jax.Array
+
+
+class Recipe(NamedTuple):
+    """All that is static about a step; hashable, so one recipe compiles once."""
+
+    config: ModelConfig
+    execution: Execution
+    optim: Optim
+    steps: int
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return build(self.optim, self.steps, families.rows(self.config))
+
+
+def initial(recipe: Recipe, params: Params) -> State:
+    return State(jnp.zeros((), jnp.int32), params, recipe.optimizer().init(params))
+
+
+def supervised(labels: jax.Array) -> jax.Array:
+    """Number of supervised tokens, float32; the first token of a row is never one."""
+    return (labels[..., 1:] != model.loss.IGNORED).sum().astype(jnp.float32)
+
+
+def gradients(
+    recipe: Recipe,
+    params: Params,
+    ids_ABT: jax.Array,
+    labels_ABT: jax.Array,
+    weights_ABT: jax.Array,
+) -> tuple[Params, jax.Array]:
+    """(gradient of the loss, loss), accumulated over the micro-batches."""
+
+    def numerator(params: Params, ids_BT: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array):
+        variables = {"params": params}
+        return model.weighted_loss(
+            recipe.config, recipe.execution, variables, ids_BT, labels_BT, weights_BT
+        )[0]
+
+    value_and_grad = jax.value_and_grad(numerator)
+    if ids_ABT.shape[0] == 1:
+        total, grads = value_and_grad(params, ids_ABT[0], labels_ABT[0], weights_ABT[0])
+    else:
+
+        def add(carry: tuple[jax.Array, Params], micro: tuple[jax.Array, jax.Array, jax.Array]):
+            return jax.tree.map(jnp.add, carry, value_and_grad(params, *micro)), None
+
+        zero = (jnp.zeros((), weights_ABT.dtype), jax.tree.map(jnp.zeros_like, params))
+        (total, grads), _ = jax.lax.scan(add, zero, (ids_ABT, labels_ABT, weights_ABT))
+    scale = 1 / jnp.maximum(supervised(labels_ABT), 1).astype(total.dtype)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), total * scale
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("state",))
+def train_step(
+    recipe: Recipe,
+    state: State,
+    ids_ABT: jax.Array,
+    labels_ABT: jax.Array,
+    weights_ABT: jax.Array,
+) -> tuple[State, Metrics]:
+    """One optimizer step on a batch of A micro-batches; weights are label-aligned."""
+    grads, loss = gradients(recipe, state.params, ids_ABT, labels_ABT, weights_ABT)
+    updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(loss, optax.global_norm(grads), supervised(labels_ABT))
+    return State(state.step + 1, params, opt_state), metrics
