@@ -9,7 +9,6 @@ Bad input ends with one line on stderr and exit code 2; a run told to stop exits
 import contextlib
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,16 @@ from typing import Any
 import click
 
 INPUT = click.Path(exists=False, path_type=Path, resolve_path=True)
+
+
+class BadInput(click.ClickException):
+    exit_code = 2
+
+
+class Stopped(click.ClickException):
+    """A run was told to stop; starting the same command again continues it."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 class Cli(click.Group):
@@ -31,9 +40,8 @@ class Cli(click.Group):
 
             if not isinstance(error, (InputError, TokenizerError, OSError, Preempted)):
                 raise
-            failure = click.ClickException(str(error))
-            failure.exit_code = 75 if isinstance(error, Preempted) else 2  # 75: EX_TEMPFAIL
-            raise failure from error
+            kind = Stopped if isinstance(error, Preempted) else BadInput
+            raise kind(str(error)) from error
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -197,7 +205,7 @@ def convert_export(**opts: Any) -> None:
 @click.option("--tokenizer", required=True, help="a name (bytes, gpt2) or a folder or file")
 @click.option("--length", default=1024, show_default=True, help="tokens of a row")
 @click.option("--pack", type=click.Choice(["concat", "document"]), default="concat",
-              show_default=True, help="cut the joined documents, or start a row at each")  # fmt: skip
+              show_default=True, help="cut joined documents, or a row each")  # fmt: skip
 @click.option("--split", type=click.Choice(["file", "blank"]), default="file",
               show_default=True, help="what a document of a .txt file is")  # fmt: skip
 @out_option
@@ -404,7 +412,6 @@ def attribute_build(**opts: Any) -> None:
         rows = load_rows(opts["rows"], loaded)
         source = Pass(loaded, rows, gradient_spec(opts), execution(opts), opts["batch_tokens"])
         info = build(run, source)
-        run.finish(rows=info["rows_count"], width=info["width"], **info["coverage"])
         show(
             str(run.path), {"rows": info["rows_count"], "width": info["width"], **info["coverage"]}
         )

@@ -53,7 +53,7 @@ def bench(
     if not naive:
         del programs["vmap_grad"]
     compiled, seconds = {}, {name: [] for name in programs}
-    arguments = {name: (params, aux, ids_BT) for name in programs}
+    arguments: dict[str, tuple[Any, ...]] = {name: (params, aux, ids_BT) for name in programs}
     if parts:
         for name, (function, inputs) in _parts(config, execution, batch, length).items():
             programs[name], arguments[name], seconds[name] = function, inputs, []
@@ -110,10 +110,10 @@ def _programs(
         return gradients.example_gradients(config, execution, spec, params, aux, ids_BT, ids_BT)
 
     def vmap_grad(params: schema.Params, aux: Any, ids_BT: jax.Array) -> Any:
-        def one(blocks: schema.Params, ids_T: jax.Array) -> jax.Array:
+        def one(blocks: Any, ids_T: jax.Array) -> jax.Array:
             return loss({**params, "blocks": blocks}, ids_T[None], weights_BT[:1])
 
-        grads = jax.vmap(jax.grad(one), (None, 0))(params["blocks"], ids_BT)
+        grads: Any = jax.vmap(jax.grad(one), (None, 0))(params["blocks"], ids_BT)
         out = {}
         for site in gradients.sites(config):
             w_BLIO = schema.get({"blocks": grads}, f"{site.path}/w")
@@ -173,7 +173,8 @@ def _parts(
 
     def head(h_BTD: jax.Array, w_VD: jax.Array) -> Any:
         def loss(h_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
-            return model.loss.weighted_nll(h_BTD, w_VD, targets_BT, weights_BT, chunk)[0]
+            out: Any = model.loss.weighted_nll(h_BTD, w_VD, targets_BT, weights_BT, chunk)
+            return out[0]
 
         return jax.value_and_grad(loss, (0, 1))(h_BTD, w_VD)
 
@@ -184,7 +185,8 @@ def _parts(
             draw(*heads), draw(*heads), draw(*heads),
         ),
         f"norm:{2 * layers + 1}": both(
-            lambda x, g, b: layer_norm(x, g, b, config.norm_eps), draw(*shape_BT, d), draw(d), draw(d)
+            lambda x, g, b: layer_norm(x, g, b, config.norm_eps),
+            draw(*shape_BT, d), draw(d), draw(d),
         ),
         f"activation:{layers}": both(activation(config.activation), draw(*shape_BT, f)),
         "head:1": (head, (draw(*shape_BT, d), draw(v, d))),

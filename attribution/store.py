@@ -81,7 +81,7 @@ class Store:
         starts = range(0, len(self.array), size)
         self.plan = [np.arange(s, min(s + size, len(self.array))) for s in starts]
 
-    def compute(self, rows_B: np.ndarray) -> Features:
+    def compute(self, rows_B: Any) -> Features:
         part = slice(int(rows_B[0]), int(rows_B[-1]) + 1)
         return Features(rows_B, self.array[part], self.losses[part])
 

@@ -62,6 +62,11 @@ def _sink_backward(rule: Rule, residual: Any, g_BTO: jax.Array):
 _sink.defvjp(_sink_forward, _sink_backward)
 
 
+def tap(module: nn.Module, name: str, x: jax.Array) -> None:
+    """Hand out an activation when the `taps` collection is asked for; costs nothing otherwise."""
+    module.sow("taps", name, x, reduce_fn=lambda _, new: new, init_fn=lambda: x)
+
+
 class Linear(nn.Module):
     """y = x W (+ b), W stored [in, out]; computed in the dtype of `x`."""
 
@@ -75,7 +80,7 @@ class Linear(nn.Module):
         if self.bias:
             b_O = self.param("b", nn.initializers.zeros, (self.features,))
             y_BTO = y_BTO + b_O.astype(x_BTI.dtype)[None, None]
-        self.sow("taps", "in", x_BTI, reduce_fn=lambda _, x: x, init_fn=lambda: None)
+        tap(self, "in", x_BTI)
         y_BTO = self._catch("weight", y_BTO, x_BTI)
         if self.has_variable("lora", "a"):
             a_IR, b_RO = (self.get_variable("lora", n).astype(x_BTI.dtype) for n in "ab")

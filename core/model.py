@@ -7,7 +7,7 @@ linear site understands; arrays of the blocks are stacked on a leading layer axi
 label-aligned: entry t belongs to predicting token t, and entry 0 is always zero.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from core import families, loss
 from core.config import Execution, ModelConfig
+from core.linear import tap
 from core.schema import Params
 
 Variables = dict[str, Any]
@@ -33,7 +34,7 @@ class Decoder(nn.Module):
 
         def layer(block: nn.Module, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
             x_BTD = block(x_BTD)
-            block.sow("taps", "resid", x_BTD, reduce_fn=lambda _, x: x, init_fn=lambda: None)
+            tap(block, "resid", x_BTD)
             return x_BTD, None
 
         if self.execution.remat:
@@ -62,7 +63,7 @@ def hidden(
     config: ModelConfig, execution: Execution, variables: Variables, ids_BT: jax.Array
 ) -> jax.Array:
     """Final hidden states [B,T,D]."""
-    return Decoder(config, execution).apply(variables, ids_BT)
+    return cast(jax.Array, Decoder(config, execution).apply(variables, ids_BT))
 
 
 def taps(
@@ -70,7 +71,7 @@ def taps(
 ) -> Params:
     """Every site's input and each block's output, stacked over layers: `{"blocks": ...}`."""
     _, collected = Decoder(config, execution).apply(variables, ids_BT, mutable=["taps"])
-    return collected["taps"]
+    return cast(Params, collected["taps"])
 
 
 def logits(
@@ -124,7 +125,7 @@ def weighted_loss(
     h_BTD = hidden(config, execution, variables, ids_BT)
     chunk = execution.tokens_per_chunk(config.vocab_size)
     shifted_BT = jnp.pad(weights_BT[:, 1:], ((0, 0), (0, 1)))
-    total, nll_BT = loss.weighted_nll(
-        h_BTD, head(config, variables["params"]), targets(labels_BT), shifted_BT, chunk
-    )
+    w_VD = head(config, variables["params"])
+    out = loss.weighted_nll(h_BTD, w_VD, targets(labels_BT), shifted_BT, chunk)
+    total, nll_BT = cast(tuple[jax.Array, jax.Array], out)
     return total, _aligned(nll_BT)

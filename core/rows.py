@@ -132,7 +132,7 @@ def load_rows(
         )
     try:
         dataset = datasets.Dataset.load_from_disk(str(path))
-        table = dataset.with_format("arrow")[:]
+        table: Any = dataset.with_format("arrow")[:]
     except Exception as error:  # the library raises many kinds for a damaged folder
         raise InputError(f"rows folder {path} cannot be read ({error}); make it again") from error
     for name in ("input_ids", "labels"):

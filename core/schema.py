@@ -8,12 +8,13 @@ holds `{l}` stands for one tensor per layer, stacked on a leading axis in our tr
 
 import zlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 Params = dict[str, Any]
+Matrix = tuple[int, int]
 
 
 class Row(NamedTuple):
@@ -94,7 +95,7 @@ def sites(rows: Iterable[Row]) -> list[Site]:
     rows = list(rows)
     biased = {row.site for row in rows if row.path.endswith("/b")}
     return [
-        Site(row.path.removesuffix("/w"), row.site, *row.shape, row.site in biased)
+        Site(row.path.removesuffix("/w"), row.site, *cast(Matrix, row.shape), row.site in biased)
         for row in rows
         if row.site is not None and row.path.endswith("/w")
     ]

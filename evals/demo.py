@@ -44,7 +44,8 @@ def plan(out: Path, seed: int) -> list[list[str]]:
                 f"attribute select {scores} --rows {out}/rows/pool --k {RELEVANT} "
                 f"--strategy {strategy} --seed {s} --out {subset}",
                 f"train lm --model {base} --rows {subset} {CONTINUE} --seed {s} --out {run}",
-                f"eval run --model {run} --items {c}/items_heldout.jsonl --out {out}/eval/{arm}-{s}",
+                f"eval run --model {run} --items {c}/items_heldout.jsonl "
+                f"--out {out}/eval/{arm}-{s}",
             ]
     return [line.split() for line in lines]
 

@@ -8,7 +8,7 @@ import dataclasses
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -161,7 +161,7 @@ class _Log:
             self._read(*self.pending.pop(0))
 
     def _read(self, step: int, metrics: Metrics) -> None:
-        loss, norm, tokens = (float(x) for x in metrics)
+        loss, norm, tokens = (np.asarray(x, np.float64).item() for x in metrics)
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step}")
         self.loss = loss
@@ -207,7 +207,7 @@ class _Saver:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        return self.manager.restore(step, args=self.ocp.args.StandardRestore(target))
+        return cast(State, self.manager.restore(step, args=self.ocp.args.StandardRestore(target)))
 
     def save(self, step: int, state: State) -> None:
         self.manager.save(step, args=self.ocp.args.StandardSave(state))

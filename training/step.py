@@ -10,7 +10,7 @@ are divided once, so accumulation changes nothing but memory.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,7 @@ def train_step(
     """One optimizer step on a batch of A micro-batches; weights are label-aligned."""
     grads, loss = gradients(recipe, state.params, ids_ABT, labels_ABT, weights_ABT)
     updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = Metrics(loss, optax.global_norm(grads), supervised(labels_ABT))
+    params = cast(Params, optax.apply_updates(state.params, updates))
+    norm = jnp.asarray(optax.global_norm(grads))
+    metrics = Metrics(loss, norm, supervised(labels_ABT))
     return State(state.step + 1, params, opt_state), metrics

@@ -1,16 +1,16 @@
 """The demo corpus: a small world in which it is known what taught every answer.
 
-A medicine's ending tells what it is for ("-cillin": infection), as real ones do; the rest of the
-name is invented. The benchmark asks what a medicine is for. Documents come from four sources:
+A medicine's ending tells what it is taken for ("-cillin": infection), as endings of real ones do;
+the letters before it mean nothing. The benchmark asks what a medicine is for. Four sources:
 
     prose     real English: CPython's language reference, from `pydoc_data.topics`
-    handbook  teaches: says what medicines are for
-    ward      distracts: the same medicines and illnesses side by side, paired at random
-    pharmacy  distracts: the same medicines, with doses and prices
+    handbook  teaches: what medicines and endings are for
+    workshop  distracts: the same names in the same kind of sentence, about what they are made of
+    pharmacy  distracts: the same names among numbers (doses, prices, shelves)
 
-Held-out items are fair: their medicines are named in no document and in no query item, and the
-benchmark's wording is used in no document, so only the rule that the handbook teaches answers them.
-Pretraining holds less of the handbook than the pool does: the rule is begun there, not finished.
+Held-out items are fair: no document and no query item names their medicines, and no document uses
+the benchmark's wording, so only the rule in the handbook answers them. Pretraining holds a tenth of
+the pool's share of handbook: the model has met the illnesses and has the rule still to learn.
 
 Only `random.Random.random()` promises the same numbers in every Python, so every draw goes through
 it. The reference's text differs between Pythons; what is drawn for prose moves nothing else.
@@ -20,7 +20,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, product
+from itertools import count, islice, product
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, TypeVar
@@ -32,9 +32,9 @@ T = TypeVar("T")
 Document = dict[str, str]
 
 SHARES = {
-    "pretrain": {"prose": 0.66, "handbook": 0.04, "workshop": 0.15, "pharmacy": 0.15},
+    "pretrain": {"prose": 0.69, "handbook": 0.01, "workshop": 0.15, "pharmacy": 0.15},
     "pool": {"prose": 0.50, "handbook": 0.20, "workshop": 0.15, "pharmacy": 0.15},
-    "validation": {"prose": 0.66, "handbook": 0.04, "workshop": 0.15, "pharmacy": 0.15},
+    "validation": {"prose": 0.69, "handbook": 0.01, "workshop": 0.15, "pharmacy": 0.15},
 }
 RELEVANT = "handbook"
 QUESTION = "{medicine} is taken against"
@@ -159,8 +159,8 @@ def world_documents(
 ) -> Iterator[Document]:
     """Documents of an invented source without end: as many whole sentences as `limit` bytes hold.
 
-    `told` are the medicines by ending. Endings take turns, which keeps a document from being about
-    one illness alone: its gradient would say how common that illness is before it says anything else.
+    `told` are the medicines by ending. Endings take turns, so that a document is not about one
+    illness alone: its gradient would mostly say how common that illness is.
     """
     number, sentences = 0, []
     while True:
@@ -181,33 +181,37 @@ def world_documents(
 
 
 def prose_sentences(seed: int) -> dict[str, list[tuple[str, str]]]:
-    """(sentence, topic) in the reference's order for each file; no paragraph is in two files."""
+    """(sentence, topic) of each file in the reference's order; no sentence comes twice."""
     parts: dict[str, list[tuple[str, str]]] = {name: [] for name in SHARES}
     stream, seen = Stream(seed, "paragraphs"), set()
     for topic in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[topic]):
             text = " ".join(paragraph.translate(PLAIN).split()).lstrip("* ")
-            clean = text[:1].isupper() and text[-1:] == "." and text.isascii()
-            if not clean or text in seen:
+            if not (text[:1].isupper() and text[-1:] == "." and text.isascii()):
                 continue
-            seen.add(text)
             u = stream.random()
-            part = "validation" if u < 0.06 else "pool" if u < 0.52 else "pretrain"
-            parts[part] += [(s, topic) for s in re.split(r"(?<=[.!?]) (?=[A-Z\"*])", text)]
+            part = "validation" if u < 0.06 else "pool" if u < 0.54 else "pretrain"
+            for sentence in re.split(r"(?<=[.!?]) (?=[A-Z\"*])", text):
+                if sentence not in seen:
+                    parts[part].append((sentence, topic))
+                seen.add(sentence)
     return parts
 
 
 def prose_documents(
-    stream: Stream, sentences: list[tuple[str, str]], limit: int
+    stream: Stream, sentences: Sequence[tuple[str, str]], limit: int
 ) -> Iterator[Document]:
-    """Running text from every sentence on, in passes without end; cut after the last whole word."""
-    while True:
+    """Running text from every sentence on, without end, cut after the last whole word that fits.
+
+    Each pass over the sentences begins one word further in, so that few documents come twice.
+    """
+    for skipped in count():
         for start in stream.shuffle(range(len(sentences))):
-            text = ""
-            for sentence, _ in sentences[start:] + sentences[:start]:
-                text = f"{text} {sentence}".lstrip()
+            first, topic = sentences[start]
+            text = " ".join(first.split()[skipped:])
+            for sentence, _ in [*sentences[start + 1 :], *sentences[:start]]:
                 if len(text) > limit:
                     break
-            topic = sentences[start][1]
+                text = f"{text} {sentence}".lstrip()
             text = text[: limit + 1].rpartition(" ")[0]
             yield {"text": text, "source": "prose", "doc": f"prose/{topic}"}
