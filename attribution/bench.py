@@ -43,8 +43,9 @@ def bench(
 ) -> dict[str, Any]:
     """Median times as ratios to value-and-grad of all parameters, tokens/s, temporary bytes."""
     config = PRESETS[preset]
-    if not 2 <= length <= config.context or batch < 1 or repeats < 1:
-        raise InputError(f"--length must be 2 to {config.context}; --batch and --repeats positive")
+    if not 2 <= length <= config.context or min(batch, repeats, projection_dim) < 1:
+        raise InputError(f"--length must be 2 to {config.context}; --batch, --repeats and "
+                         "--projection-dim positive")  # fmt: skip
     params = schema.init(families.rows(config), config.layers, seed=0)
     ids_BT = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
     spec = Spec(Projection(projection_dim))
@@ -58,7 +59,8 @@ def bench(
         for name, (function, inputs) in _parts(config, execution, batch, length).items():
             programs[name], arguments[name], seconds[name] = function, inputs, []
     for name, function in programs.items():
-        compiled[name] = jax.jit(function).lower(*arguments[name]).compile()
+        with jax.default_matmul_precision("highest"):  # as the projected pass has it
+            compiled[name] = jax.jit(function).lower(*arguments[name]).compile()
         jax.block_until_ready(compiled[name](*arguments[name]))
     for _ in range(repeats):
         for name, function in compiled.items():

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from core.files import write_json, write_jsonl
+from core.files import atomic, dumps, write_json
 from core.rows import Rows
 
 
@@ -28,8 +28,9 @@ def diagnose(
     rank_N[order] = np.arange(len(order))
     names = [name for name in rows.columns if name in ("id", "doc", "source")]
     provenance = {name: rows.column(name) or [] for name in names}
-    lines = [
-        {
+
+    def line(i: int) -> dict[str, Any]:
+        return {
             "row": i,
             "score": float(scores_N[i]),
             "rank": int(rank_N[i]),
@@ -41,9 +42,10 @@ def diagnose(
             "source": None,
             **{name: values[i] for name, values in provenance.items()},
         }
-        for i in range(len(order))
-    ]
-    write_jsonl(folder / "row_diagnostics.jsonl", lines)
+
+    with atomic(folder / "row_diagnostics.jsonl") as file:
+        for i in range(len(order)):
+            file.write(f"{dumps(line(i))}\n".encode())
     summary = {
         "rows": len(order),
         "score": _statistics(scores_N),
@@ -52,14 +54,17 @@ def diagnose(
             "norm": _spearman(scores_N, norms_N),
             "loss": _spearman(scores_N, losses_N / rows.trained),
         },
-        "top": [lines[i] for i in order[:10]],
-        "bottom": [lines[i] for i in order[-10:][::-1]],
+        "top": [line(i) for i in order[:10]],
+        "bottom": [line(i) for i in order[-10:][::-1]],
     }
     if "source" in provenance:
-        source_N = np.array([str(s) for s in provenance["source"]])
+        source_N = [str(s) for s in provenance["source"]]
+        found, which_N = np.unique(source_N, return_inverse=True)
+        by_source = np.argsort(which_N, kind="stable")
+        groups = np.split(scores_N[by_source], np.cumsum(np.bincount(which_N))[:-1])
         summary["sources"] = {
-            name: {"rows": int((source_N == name).sum()), **_statistics(scores_N[source_N == name])}
-            for name in sorted(set(source_N))
+            str(name): {"rows": len(group), **_statistics(group)}
+            for name, group in zip(found, groups, strict=True)
         }
     write_json(folder / "summary.json", summary)
     return summary

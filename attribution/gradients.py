@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attribution import rules
 from attribution.projection import VERSION, Projection, pair
@@ -122,9 +123,9 @@ def catch(
     return jax.grad(loss, has_aux=True)(outs)
 
 
-def example_weights(labels_BT: jax.Array, loss: str) -> jax.Array:
-    """The weight of each token in its example's loss, float32 [B,T]."""
-    mask_BT = (labels_BT != model.loss.IGNORED).at[:, 0].set(False).astype(jnp.float32)
+def example_weights(labels_BT: jax.Array, loss: str, dtype: Any = jnp.float32) -> jax.Array:
+    """The weight of each token in its example's loss, [B,T]."""
+    mask_BT = (labels_BT != model.loss.IGNORED).at[:, 0].set(False).astype(dtype)
     if loss == "mean":
         mask_BT = mask_BT / jnp.maximum(mask_BT.sum(1, keepdims=True), 1)
     return mask_BT
@@ -145,13 +146,14 @@ def example_gradients(
     aux: from `projections`. A padding row (all labels -100) has zero features.
     """
     b, layers = ids_BT.shape[0], config.layers
-    wide = jnp.promote_types(params["embed"]["wte"].dtype, jnp.float32)
+    wide = np.promote_types(params["embed"]["wte"].dtype, jnp.float32)
     rule = rules.Project() if spec.projection.dim else rules.Full(spec.include_bias)
     layout = zip(sites(config), features(config, spec), strict=False)  # the first layer's share
     outs = {site.path: jnp.zeros((layers, b, *f.shape), wide) for site, f in layout}
-    weights_BT = example_weights(labels_BT, spec.loss).astype(wide)
-    caught, nll_BT = catch(
-        config, execution, params, rule, aux, outs, ids_BT, labels_BT, weights_BT
-    )
+    weights_BT = example_weights(labels_BT, spec.loss, wide)
+    with jax.default_matmul_precision("highest"):  # no TF32: neighbours differ in the third digit
+        caught, nll_BT = catch(
+            config, execution, params, rule, aux, outs, ids_BT, labels_BT, weights_BT
+        )
     parts = [caught[s.path].reshape(layers, b, -1).swapaxes(0, 1) for s in sites(config)]
     return jnp.concatenate(parts, axis=-1).reshape(b, -1), nll_BT.sum(1)

@@ -32,7 +32,7 @@ def add_autocorrelation(h_SEE: jax.Array, features_BD: jax.Array) -> jax.Array:
     """H plus the sum over a batch of vec(G) vec(G)^T; padding rows are zero and add nothing."""
     b, (s, e, _) = features_BD.shape[0], h_SEE.shape
     f_BSE = features_BD.reshape(b, s, e)
-    return h_SEE + jnp.einsum("BSE,BSF->SEF", f_BSE, f_BSE)
+    return h_SEE + jnp.einsum("BSE,BSF->SEF", f_BSE, f_BSE, precision="highest")
 
 
 def inverse_power(
@@ -63,4 +63,5 @@ def inverse_power(
 def apply(matrix_SEE: jax.Array, features_BD: jax.Array) -> jax.Array:
     """Each site's block of the features times its (symmetric) matrix, [B,D]."""
     b, (s, e, _) = features_BD.shape[0], matrix_SEE.shape
-    return jnp.einsum("SEF,BSF->BSE", matrix_SEE, features_BD.reshape(b, s, e)).reshape(b, -1)
+    f_BSE = features_BD.reshape(b, s, e)
+    return jnp.einsum("SEF,BSF->BSE", matrix_SEE, f_BSE, precision="highest").reshape(b, -1)

@@ -34,8 +34,12 @@ def matrix(projection: Projection, name: str, size: int) -> jax.Array:
     digest = hashlib.sha256(f"{VERSION}/{projection.seed}/{name}".encode()).digest()
     words = jnp.array([int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)], jnp.uint32)
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    draw = {"rademacher": jax.random.rademacher, "normal": jax.random.normal}[projection.kind]
-    m_IP = draw(key, (size, projection.dim), jnp.float32)
+    shape = (size, projection.dim)
+    if projection.kind == "normal":
+        m_IP = jax.random.normal(key, shape, jnp.float32)
+    else:  # a float32 half: jax.random.rademacher draws other bits where float64 is enabled
+        heads_IP = jax.random.bernoulli(key, jnp.float32(0.5), shape)
+        m_IP = 2 * heads_IP.astype(jnp.float32) - 1
     if projection.scale == "row_norm":
         return m_IP / jnp.linalg.norm(m_IP, axis=0, keepdims=True)
     return m_IP / projection.dim**0.5

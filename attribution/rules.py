@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Pair(NamedTuple):
@@ -21,12 +22,9 @@ class Pair(NamedTuple):
     right_IP: jax.Array
 
 
-def _wide(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *operands, preferred_element_type=_wide(operands[0]))
+    wide = np.promote_types(operands[0].dtype, jnp.float32)
+    return jnp.einsum(equation, *operands, preferred_element_type=wide)
 
 
 def _project_inputs(x_BTI: jax.Array, pair: Pair) -> jax.Array:

@@ -24,7 +24,7 @@ import numpy as np
 
 from attribution import gradients, precondition
 from attribution.diagnostics import diagnose
-from attribution.store import Features, Pass, Store, batches, rows_before
+from attribution.store import Features, Pass, Store, batches, check_finite, rows_before
 from core.errors import InputError
 from core.files import atomic, read_npz, write_json
 from core.memmap import FilledArray
@@ -60,36 +60,45 @@ class Direction(NamedTuple):
 
 
 def _unit(x_BD: jax.Array) -> jax.Array:
-    norm_B1 = jnp.linalg.norm(x_BD, axis=-1, keepdims=True)
-    return x_BD / jnp.maximum(norm_B1, jnp.finfo(x_BD.dtype).tiny)
+    """x / |x|, zero for zero. Scaled first: the squares of tiny gradients underflow."""
+    largest_B1 = jnp.abs(x_BD).max(-1, keepdims=True)
+    x_BD = x_BD / jnp.where(largest_B1 > 0, largest_B1, 1)
+    return x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=-1, keepdims=True), 1)
+
+
+@functools.partial(jax.jit, static_argnames="unit_norm")
+def _query_batch(features_BD: jax.Array, unit_norm: bool) -> tuple[jax.Array, jax.Array]:
+    """(features, of unit length if wanted; the largest absolute feature of each row)."""
+    largest_B = jnp.abs(features_BD).max(-1)
+    return _unit(features_BD) if unit_norm else features_BD, largest_B
 
 
 def query_features(source: Pass, keep_apart: bool, unit_norm: bool) -> np.ndarray:
     """Query gradients [Q,D] in row order, or their mean [1,D] when they need not stay apart."""
-    n, total = len(source.rows), None
-    kept: np.ndarray | None = None
+    n, width = len(source.rows), gradients.width(source.loaded.config, source.spec)
+    if keep_apart and 4 * n * width > LARGEST_QUERY:
+        raise InputError(
+            f"{n} query gradients of {width:,} features need {4e-9 * n * width:.0f} GB; lower "
+            "--projection-dim (0 is unprojected) or use fewer queries"
+        )
+    kept_QD = np.zeros((n, width), np.float32) if keep_apart else np.zeros((1, width))
+
+    def compute(out: Features) -> tuple[np.ndarray, Any]:
+        return out.rows_B, _query_batch(out.features_BD, unit_norm and not keep_apart)
+
     with Progress(n, "query gradients", "row") as bar:
-        for _, out in batches(source, lambda features: features):
-            real_B = out.rows_B >= 0
-            rows = np.asarray(out.features_BD)[real_B]
+        for _, (rows_B, (features_BD, largest_B)) in batches(source, compute):
+            check_finite(source.rows, rows_B, largest_B)
+            real_B = rows_B >= 0
+            if (dead_B := real_B & (largest_B == 0)).any():
+                row = rows_B[dead_B.argmax()]
+                raise InputError(f"{source.rows.path} row {row} has a zero gradient; drop it")
             if keep_apart:
-                if kept is None:
-                    need = rows.shape[1] * n * 4
-                    if need > LARGEST_QUERY:
-                        raise InputError(f"{n} query gradients of {rows.shape[1]:,} features need "
-                                         f"{need / 1e9:.0f} GB; lower --projection-dim (0 is "
-                                         "unprojected) or use fewer queries")  # fmt: skip
-                    kept = np.empty((n, rows.shape[1]), np.float32)
-                kept[out.rows_B[real_B]] = rows
+                kept_QD[rows_B[real_B]] = features_BD[real_B]
             else:
-                norms = np.linalg.norm(rows, axis=1, keepdims=True) if unit_norm else 1.0
-                part = (rows / np.maximum(norms, 1e-30)).sum(0, dtype=np.float64)
-                total = part if total is None else total + part
+                kept_QD += features_BD[real_B].sum(0, dtype=np.float64)
             bar.update(int(real_B.sum()))
-    if kept is not None:
-        return kept
-    assert total is not None
-    return (total / n).astype(np.float32)[None]
+    return kept_QD if keep_apart else (kept_QD / n).astype(np.float32)
 
 
 def pool_autocorrelation(run: Run, source: Pass | Store, sites: int) -> np.ndarray:
@@ -111,6 +120,9 @@ def pool_autocorrelation(run: Run, source: Pass | Store, sites: int) -> np.ndarr
                 with atomic(file) as stream:
                     np.savez(stream, h=np.asarray(h_SEE), batches=number, rows=seen)
                 saved = time.monotonic()
+    if not np.isfinite(h_SEE).all():
+        raise InputError("a pool row has a gradient that is not finite; check the model's weights, "
+                         "or use --dtype float32")  # fmt: skip
     return np.asarray(h_SEE) / seen
 
 
@@ -148,7 +160,7 @@ def batch_scores(
         features_BD = precondition.apply(direction.root_SEE, features_BD)
     if unit_norm:
         features_BD = _unit(features_BD)
-    scores_BQ = features_BD @ direction.query_QD.T
+    scores_BQ = jnp.matmul(features_BD, direction.query_QD.T, precision="highest")
     if mode == "each":
         return scores_BQ, norms_B
     return scores_BQ.max(-1), norms_B
@@ -163,12 +175,10 @@ def score(
     began = time.monotonic()
     if settings.preconditioner != "none":
         precondition.check_size(spec.projection.dim)
-    run.inputs(pool=pool.hashes, query=query.hashes)
+    # The number of devices decides the batches' sizes, so a resume needs the same.
+    run.inputs(pool=pool.hashes, query=query.hashes, devices=jax.device_count())
     apart = settings.mode != "mean" or settings.preconditioner != "none"
     query_QD = query_features(query, apart, settings.unit_norm)
-    dead = np.flatnonzero(~np.linalg.norm(query_QD, axis=1).astype(bool))
-    if len(dead):
-        raise InputError(f"{query.rows.path} row {dead[0]} has a zero gradient; drop it")
     n_sites = len(gradients.features(config, spec))
     h_SEE = None
     if settings.preconditioner in ("query", "mixed"):
@@ -194,6 +204,7 @@ def score(
 
     with Progress(n, "attribute score", "row", rows_before(pool, start)) as bar:
         for _, (rows_B, (scores_B, norms_B), losses_B) in batches(pool, compute, start):
+            check_finite(pool_rows, rows_B, norms_B)
             for array, values in zip(arrays, (scores_B, norms_B, losses_B), strict=True):
                 array.write(rows_B, values)
             bar.update(int((rows_B >= 0).sum()))

@@ -1,8 +1,8 @@
 """Choosing rows by score: the top, the bottom, and random controls of the same cost.
 
 Arms are compared fairly only when they train on equally many tokens, so every strategy but `top`
-and `bottom` fills the token budget of the top k: `random` draws rows until it is met, and
-`matched-random` also draws from the top's length bins, row for row.
+meets the token budget of the top k: `bottom` and `random` take rows until it is met, and
+`matched-random` also takes as many rows from each of the top's length bins as the top did.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ def choose(
     shuffled = generator.permutation(len(scores_N))
     if strategy == "random":
         return np.sort(_fill(shuffled, trained_N, budget))
-    edges = np.unique(np.quantile(trained_N[top], np.linspace(0, 1, BINS + 1))[1:-1])
-    bin_N = np.searchsorted(edges, trained_N, side="right")
-    chosen: list[np.ndarray] = []
-    for b in np.unique(bin_N[top]):
-        members = shuffled[bin_N[shuffled] == b]
-        share = int(trained_N[top[bin_N[top] == b]].sum())
-        chosen.append(_fill(members, trained_N, share))
+    edges = np.unique(np.quantile(trained_N[top], np.linspace(0, 1, BINS + 1)))
+    inside_N = (trained_N >= edges[0]) & (trained_N <= edges[-1])
+    bin_N = np.where(inside_N, np.searchsorted(edges[1:-1], trained_N, side="right"), -1)
+    chosen = [
+        _match(shuffled[bin_N[shuffled] == b], trained_N, top[bin_N[top] == b])
+        for b in np.unique(bin_N[top])
+    ]
     return np.sort(np.concatenate(chosen))
 
 
@@ -57,16 +57,51 @@ def _fill(order: np.ndarray, trained_N: np.ndarray, budget: int) -> np.ndarray:
     return order[: n + (total[n] - budget <= budget - before or n == 0)]
 
 
+def read_info(folder: PathLike) -> dict[str, Any]:
+    """`info.json` of a folder that `attribute score` made."""
+    info = read_json(Path(folder) / "info.json")
+    if not isinstance(info, dict) or info.get("format") != "taproot-scores":
+        raise InputError(
+            f"{folder} holds no scores; give the folder of a finished `attribute score`"
+        )
+    return info
+
+
+def _match(order: np.ndarray, trained_N: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The start of `order`, as many rows as `like`, but for a few swaps that equal the tokens.
+
+    What is left is at most half a row's difference in length, since `like` is among `order`.
+    """
+    inside, outside = order[: len(like)].copy(), order[len(like) :].copy()
+    surplus = int(trained_N[inside].sum() - trained_N[like].sum())
+    while surplus and len(outside):
+        outside = outside[np.argsort(trained_N[outside], kind="stable")]
+        lengths = trained_N[outside]
+        wanted = trained_N[inside] - surplus  # in place of each row inside
+        above = np.minimum(np.searchsorted(lengths, wanted), len(outside) - 1)
+        below = np.maximum(above - 1, 0)
+        near = np.where(lengths[above] - wanted < wanted - lengths[below], above, below)
+        i = int(np.abs(lengths[near] - wanted).argmin())
+        left = int(lengths[near[i]] - wanted[i])
+        if abs(left) >= abs(surplus):
+            break
+        inside[i], outside[near[i]] = outside[near[i]], inside[i]
+        surplus = left
+    return inside
+
+
 def select(
     scores_folder: PathLike, rows: Rows, k: int, strategy: Strategy, seed: int, out: PathLike
 ) -> dict[str, Any]:
     """Write the chosen rows as a rows folder with `selection.json` inside; returns the latter."""
     folder = Path(scores_folder)
-    info = read_json(folder / "info.json")
-    scores = read_npy(folder / "scores.npy")
+    info, scores = read_info(folder), read_npy(folder / "scores.npy")
     if info["pool"]["rows"] != rows.sha:
         raise InputError(f"{folder} scored {info['pool']['path']}, whose rows differ from "
                          f"{rows.path}; give the rows that were scored")  # fmt: skip
+    if scores.shape[:1] != (len(rows),) or scores.dtype.kind != "f":
+        raise InputError(f"{folder / 'scores.npy'} holds {scores.dtype} {list(scores.shape)}, not "
+                         f"a number for each of {len(rows)} rows; score them again")  # fmt: skip
     scores_N = scores if scores.ndim == 1 else scores.mean(1)
     indices = choose(np.asarray(scores_N, np.float64), rows.trained, k, strategy, seed)
     selection = {

@@ -44,8 +44,9 @@ class Pass:
     ):
         self.loaded, self.rows, self.spec, self.execution = loaded, rows, spec, execution
         self.plan = Plan(rows, batch_tokens, jax.device_count())
-        self.aux = gradients.projections(loaded.config, spec)
-        self._params = jax.device_put(loaded.params, replicated(make_mesh()))
+        everywhere = replicated(make_mesh())
+        self.aux = jax.device_put(gradients.projections(loaded.config, spec), everywhere)
+        self._params = jax.device_put(loaded.params, everywhere)
         self._place = placer()
 
     def compute(self, batch: Batch) -> Features:
@@ -72,18 +73,20 @@ class Store:
         if not (self.path / "info.json").exists():
             raise InputError(f"{path} is not a finished gradient store; run `attribute build`")
         self.info = read_json(self.path / "info.json")
-        self.array = open_array(self.path / "gradients.npy")
+        if not isinstance(self.info, dict) or self.info.get("format") != "taproot-gradients":
+            raise InputError(f"{path} is not a gradient store; make one with `attribute build`")
         self.losses = open_array(self.path / "losses.npy")
-        if self.array.shape != (self.info["rows_count"], self.info["width"]):
+        n, width = open_array(self.path / "gradients.npy").shape
+        if (n, width) != (self.info["rows_count"], self.info["width"]):
             raise InputError(f"{path}: gradients.npy does not fit info.json; build it again")
         self.rows_path = Path(self.info["rows_path"])
-        size = max(1, 2**24 // max(self.array.shape[1], 1))
-        starts = range(0, len(self.array), size)
-        self.plan = [np.arange(s, min(s + size, len(self.array))) for s in starts]
+        size = max(1, 2**24 // width)
+        self.plan = [np.arange(start, min(start + size, n)) for start in range(0, n, size)]
 
     def compute(self, rows_B: Any) -> Features:
         part = slice(int(rows_B[0]), int(rows_B[-1]) + 1)
-        return Features(rows_B, self.array[part], self.losses[part])
+        array = open_array(self.path / "gradients.npy")  # one mapping would keep every page it read
+        return Features(rows_B, array[part], self.losses[part])
 
     def check(self, spec: Spec, fingerprint: str) -> None:
         """Raise unless this store was made with this model and these settings."""
@@ -94,6 +97,12 @@ class Store:
         if self.info["spec"] != spec.to_json():
             raise InputError(f"store {self.path} was made with {self.info['spec']}, not with "
                              f"{spec.to_json()}; use the same options")  # fmt: skip
+
+    def check_rows(self, rows: Rows) -> None:
+        """Raise unless `rows` are still what the store was built from."""
+        if self.info["rows"] != rows.sha:
+            raise InputError(f"{rows.path} has changed since store {self.path} was built from it; "
+                             "build the store again")  # fmt: skip
 
     @property
     def hashes(self) -> dict[str, Any]:
@@ -115,10 +124,18 @@ def batches(source: Pass | Store, compute: Any, start: int = 0) -> Iterator[Any]
     return overlapped(source.plan, lambda batch: compute(source.compute(batch)), start)
 
 
+def check_finite(rows: Rows, rows_B: np.ndarray, values_B: np.ndarray) -> None:
+    """Raise for the first row whose value, made of its gradient, is NaN or infinite."""
+    bad_B = (rows_B >= 0) & ~np.isfinite(values_B)
+    if bad_B.any():
+        raise InputError(f"{rows.path} row {rows_B[bad_B.argmax()]} has a gradient that is not "
+                         "finite; check the model's weights, or use --dtype float32")  # fmt: skip
+
+
 def build(run: Run, source: Pass) -> dict[str, Any]:
     """Fill the store in `run`'s folder; continues a killed build. Returns its `info.json`."""
     config, n = source.loaded.config, len(source.rows)
-    run.inputs(**source.hashes)
+    run.inputs(**source.hashes, devices=jax.device_count())  # they decide the batches' sizes
     width = gradients.width(config, source.spec)
     store = FilledArray(run.path / "gradients.npy", (n, width))
     losses = FilledArray(run.path / "losses.npy", (n,))
@@ -126,6 +143,7 @@ def build(run: Run, source: Pass) -> dict[str, Any]:
     store.next_batch = losses.next_batch = start
     with Progress(n, "attribute build", "row", rows_before(source, start)) as bar:
         for _, out in batches(source, lambda features: features, start):
+            check_finite(source.rows, out.rows_B, out.features_BD.sum(1))
             store.write(out.rows_B, out.features_BD)
             losses.write(out.rows_B, out.losses_B)
             bar.update(int((out.rows_B >= 0).sum()))

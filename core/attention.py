@@ -6,6 +6,7 @@ every derivative of every order exists (fused kernels have no second one).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MASKED = -1e30
 
@@ -14,7 +15,7 @@ def causal_attention(
     q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, scale: float
 ) -> jax.Array:
     """softmax(scale q k^T + causal mask) v, softmax in float32 -> [B,T,H,K]."""
-    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    wide = np.promote_types(q_BTHK.dtype, jnp.float32)
     # Head-major copies make each product one plain batched matmul; XLA's CPU backward pass of the
     # einsum over interleaved heads costs about twice as much.
     q_BHTK, k_BHSK, v_BHSK = (jnp.swapaxes(a, 1, 2) for a in (q_BTHK, k_BSHK, v_BSHK))

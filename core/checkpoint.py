@@ -1,7 +1,8 @@
 """Models on disk: our own folders, the end of a training run, or a Hugging Face folder.
 
-A model folder holds `config.json` (architecture and fingerprint), `params/` (Orbax) and
-`tokenizer/`. The fingerprint is a hash of architecture and weights: stores and scores record it.
+A model folder holds `config.json` (architecture, fingerprint, sizes of the weights' files),
+`params/` (Orbax) and `tokenizer/`. The fingerprint is a hash of architecture and weights: stores
+and scores record it.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import numpy as np
 from core import families, schema
 from core.config import ModelConfig
 from core.errors import InputError
-from core.files import PathLike, atomic_folder, read_json, write_json
+from core.files import PathLike, atomic_folder, read_json, require_space, write_json
 
 KIND = "taproot-model"
 # A Hugging Face folder's tokenizer lies beside its weights, under some of these names.
@@ -48,11 +49,13 @@ def save_model(
 
     mark = fingerprint(config, params)
     with atomic_folder(path) as folder:
+        require_space(folder, sum(x.nbytes for x in jax.tree.leaves(params)))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((folder / "params").absolute(), params)
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
-        content = {"kind": KIND, "model": config.to_json(), "fingerprint": mark}
+        content = {"kind": KIND, "model": config.to_json(), "fingerprint": mark,
+                   "files": _sizes(folder)}  # fmt: skip
         write_json(folder / "config.json", content)
     return mark
 
@@ -82,18 +85,39 @@ def load_model(path: PathLike) -> Loaded:
     return Loaded(config, params, tokenizer, fingerprint(config, params))
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of the weights, by its place in the model folder."""
+    files = [file for file in sorted((folder / "params").rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
 def _load_own(path: Path, content: dict[str, Any]) -> Loaded:
     import orbax.checkpoint as ocp
 
-    config = ModelConfig.from_json(content.get("model", {}), str(path / "config.json"))
+    where, remedy = path / "config.json", "copy, convert or train the model again"
+    config = ModelConfig.from_json(content.get("model", {}), str(where))
+    mark, sizes = content.get("fingerprint"), content.get("files")
+    if not isinstance(mark, str) or not isinstance(sizes, dict):
+        raise InputError(f"{where} has no fingerprint or no files; {remedy}")
+    # Orbax tells of a damaged file in pages, from several threads at once; so look before.
+    found = _sizes(path)
+    for name, size in sizes.items():
+        if found.get(name) != size:
+            raise InputError(f"{path / name} has {found.get(name, 'no')} bytes, not {size}; "
+                             f"{remedy}")  # fmt: skip
     tree = schema.abstract(families.rows(config), config.layers)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+    folder = (path / "params").absolute()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((path / "params").absolute(), tree)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path / 'params'} cannot be restored ({error}); convert or train the "
-                         "model again") from error  # fmt: skip
+            saved: Any = checkpointer.metadata(folder).item_metadata
+            schema.check(families.rows(config), config.layers, saved.tree, str(where))
+            params = checkpointer.restore(folder, tree)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax raises many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{folder} cannot be restored ({reason}); {remedy}") from error
     tokenizer = path / "tokenizer"
-    return Loaded(config, params, tokenizer if tokenizer.exists() else None, content["fingerprint"])
+    return Loaded(config, params, tokenizer if tokenizer.exists() else None, mark)

@@ -42,10 +42,11 @@ class ModelConfig:
         if unknown := sorted(set(fields) - set(known)):
             raise InputError(f"{where}: unknown model config key {unknown[0]!r}; known: {[*known]}")
         fields = {"family": "gpt2", **fields}
-        if "width" in fields:
+        for name, value in fields.items():
+            _check_type(known[name], value, where)
+        if "width" in fields and "heads" in fields:
             fields.setdefault("mlp_width", 4 * fields["width"])
-            if fields.get("heads"):
-                fields.setdefault("head_dim", fields["width"] // fields["heads"])
+            fields.setdefault("head_dim", fields["width"] // max(fields["heads"], 1))
         required = [n for n, field in known.items() if field.default is dataclasses.MISSING]
         if missing := [name for name in required if name not in fields]:
             raise InputError(f"{where}: model config key {missing[0]!r} is missing")
@@ -57,11 +58,19 @@ class ModelConfig:
         sizes = ("vocab_size", "context", "width", "layers", "heads", "mlp_width", "head_dim")
         for name in sizes:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{where}: {name} must be a positive integer, got {value!r}")
+            if value < 1:
+                raise InputError(f"{where}: {name} must be positive, got {value}")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _check_type(field: dataclasses.Field[Any], value: Any, where: str) -> None:
+    fits: Any = int | float if field.type is float else field.type
+    # A bool is an int, too.
+    if not isinstance(value, fits) or isinstance(value, bool) != (field.type is bool):
+        kind = getattr(field.type, "__name__", field.type)
+        raise InputError(f"{where}: {field.name} must be of type {kind}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from core import families, files, model, reference, safetensors
 from core.config import Execution, ModelConfig
 from core.errors import InputError
-from core.schema import Params, Row, full_shape, get, put
+from core.schema import Params, Row, check, full_shape, get, put
 
 FLOATS = ("float32", "bfloat16", "float16")
 # The gate compares at most this many logits (256 MiB), which is GPT-2's whole context.
@@ -105,7 +105,7 @@ def export_hf(
     """
     out = Path(out)
     _check_dtype(dtype)
-    _check_tree(config, params)
+    check(families.rows(config), config.layers, params, "the model")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists; name another folder for the export or remove it")
     with files.atomic_folder(out) as folder:
@@ -207,18 +207,6 @@ def _check_shape(
 def _check_dtype(dtype: str) -> None:
     if dtype not in FLOATS:
         raise InputError(f"weights of dtype {dtype!r} are not supported; use one of {FLOATS}")
-
-
-def _check_tree(config: ModelConfig, params: Params) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    found = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
-    wanted = {row.path: full_shape(row, config.layers) for row in families.rows(config)}
-    for path in sorted(found.keys() | wanted.keys()):
-        if found.get(path) != wanted.get(path):
-            raise InputError(
-                f"parameter {path!r} has shape {found.get(path)}, the config asks for "
-                f"{wanted.get(path)} (None: no such parameter); export with the model's own config"
-            )
 
 
 def _cast(where: Path | str, name: str, tensor: Any, dtype: str) -> np.ndarray:

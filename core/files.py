@@ -27,6 +27,8 @@ PathLike = str | os.PathLike[str]
 def atomic(path: PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that becomes `path` when the block ends without an error."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -55,7 +57,7 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
             os.replace(path, old / path.name)
             os.replace(temporary, path)
             shutil.rmtree(old)
@@ -66,12 +68,21 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
         raise
 
 
+def require_space(folder: PathLike, size: int) -> None:
+    """Raise InputError unless the disk of an existing folder has `size` bytes and some to spare."""
+    free, need = shutil.disk_usage(folder).free, size + 2**24
+    if free < need:
+        raise InputError(f"{folder} needs {need / 1e9:.3g} GB and its disk has {free / 1e9:.3g} "
+                         "free; free some and run the same command again")  # fmt: skip
+
+
 def write_bytes(path: PathLike, data: bytes) -> None:
     with atomic(path) as file:
         file.write(data)
 
 
 def write_text(path: PathLike, text: str) -> None:
+    """Write UTF-8; half of a surrogate pair, which has no encoding, becomes a question mark."""
     write_bytes(path, text.encode("utf-8", "replace"))
 
 
@@ -83,10 +94,8 @@ def jsonable(value: Any) -> Any:
         return [jsonable(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):
         return jsonable(value.tolist())
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -107,7 +116,7 @@ def write_jsonl(path: PathLike, values: list[Any]) -> None:
 def append_jsonl(path: PathLike, values: list[Any]) -> None:
     """Append lines and flush them; a line cut by a kill is dropped by `read_jsonl`."""
     with open(path, "ab") as file:
-        file.write("".join(dumps(value) + "\n" for value in values).encode())
+        file.write("".join(dumps(value) + "\n" for value in values).encode("utf-8", "replace"))
         file.flush()
         os.fsync(file.fileno())
 
@@ -138,8 +147,10 @@ def read_json(path: PathLike) -> Any:
         return json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as JSON ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); the file is damaged") from error
 
 
 def read_jsonl(path: PathLike) -> list[Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
+from core.errors import InputError
+
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * g + b over the last axis, in float32, biased variance."""
@@ -29,9 +31,12 @@ def layer_norm(x_BTD: jax.Array, g_D: jax.Array, b_D: jax.Array, eps: float) -> 
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    return {
+    known = {
         "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
         "gelu": lambda x: jax.nn.gelu(x, approximate=False),
         "relu": jax.nn.relu,
         "silu": jax.nn.silu,
-    }[name]
+    }
+    if name not in known:
+        raise InputError(f"activation {name!r} is unknown; known: {', '.join(known)}")
+    return known[name]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 IGNORED = -100
@@ -62,7 +63,7 @@ def _unchunk(chunked: jax.Array, order_BT: jax.Array) -> jax.Array:
 
 
 def _logits(hidden_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(hidden_BCD.dtype, jnp.float32)
+    wide = np.promote_types(hidden_BCD.dtype, jnp.float32)
     head_VD = head_VD.astype(hidden_BCD.dtype)
     return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=wide)
 
@@ -90,7 +91,7 @@ def token_nll(
 
     def body(carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         h_BCD, y_BC = chunk
-        zeros = jnp.zeros(y_BC.shape, jnp.promote_types(h_BCD.dtype, jnp.float32))
+        zeros = jnp.zeros(y_BC.shape, np.promote_types(h_BCD.dtype, jnp.float32))
         return carry, jax.lax.cond((y_BC != IGNORED).any(), nll, lambda *_: zeros, h_BCD, y_BC)
 
     _, nll_nBC = jax.lax.scan(body, None, (chunks.hidden, chunks.targets))

@@ -36,6 +36,7 @@ class FilledArray:
         temporary = self.path.with_suffix(".tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.journal.unlink(missing_ok=True)  # it may speak of an array that was deleted
             array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
             offset = array.offset
             array.flush()
@@ -64,6 +65,7 @@ class FilledArray:
 
     def flush(self) -> None:
         self.array.flush()
+        self.array = open_array(self.path, "r+")  # lets go of the pages of the old mapping
         write_json(self.journal, {"batches": self.next_batch})
         self.flushed = time.monotonic()
 
@@ -77,6 +79,9 @@ class FilledArray:
 def open_array(path: PathLike, mode: str = "r") -> np.memmap:
     """Memory-map a `.npy` file without reading it."""
     try:
-        return np.lib.format.open_memmap(path, mode)  # pyright: ignore[reportArgumentType]
+        array = np.lib.format.open_memmap(path, "r")  # refuses a file that was cut short; r+ would
+        if mode != "r":  # fill it up with zeros
+            array = np.lib.format.open_memmap(path, mode)  # pyright: ignore[reportArgumentType]
+        return array
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be opened as an array ({error})") from error

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from core import families, loss
@@ -80,7 +81,7 @@ def logits(
     """All logits, float32 [B,T,V]: for tests and short prompts; losses never form them."""
     h_BTD = hidden(config, execution, variables, ids_BT)
     w_VD = head(config, variables["params"]).astype(h_BTD.dtype)
-    wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    wide = np.promote_types(h_BTD.dtype, jnp.float32)
     return jnp.einsum("BTD,VD->BTV", h_BTD, w_VD, preferred_element_type=wide)
 
 

@@ -18,7 +18,7 @@ class Progress:
         self.total, self.label, self.unit = total, label, unit
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
-        self.start = self.done = start
+        self.start = self.done = self.told = start
         self.began = time.monotonic()
         self.shown = -1e9
         self.fields: dict[str, object] = {}
@@ -31,7 +31,7 @@ class Progress:
             self._show(now)
 
     def _show(self, now: float) -> None:
-        self.shown = now
+        self.shown, self.told = now, self.done
         seconds = max(now - self.began, 1e-9)
         rate = (self.done - self.start) / seconds
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
@@ -52,7 +52,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.done > self.start:
+        if self.done > self.start and self.done != self.told:
             self._show(time.monotonic())
         if self.live:
             self.stream.write("\n")

@@ -30,10 +30,12 @@ class Ragged:
         self.pieces: list[tuple[np.ndarray, np.ndarray]] = []
         for chunk in column.chunks:
             is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
-            if not is_list or not pa.types.is_integer(chunk.type.value_type) or chunk.null_count:
+            if not is_list or not pa.types.is_integer(chunk.type.value_type):
                 raise InputError(
                     f"{where}: column {name!r} is {chunk.type}; it must be a list of integers"
                 )
+            if chunk.null_count or chunk.values.null_count:
+                raise InputError(f"{where}: column {name!r} has missing values; fill them in")
             self.pieces.append((chunk.values.to_numpy(), chunk.offsets.to_numpy()))
         counts = [len(offsets) - 1 for _, offsets in self.pieces]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -209,7 +211,10 @@ def save_rows(
 
     if not input_ids:
         raise InputError(f"{path}: there are no rows to write; the input is empty")
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in input_ids])])
+    lengths = [len(row) for row in input_ids]
+    if labels is not None and lengths != [len(row) for row in labels]:
+        raise InputError(f"{path}: labels and input_ids differ in length; label every token")
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
     width = pa.int64() if offsets[-1] > np.iinfo(np.int32).max else pa.int32()
     kind = pa.LargeListArray if width == pa.int64() else pa.ListArray
 
@@ -225,6 +230,7 @@ def save_rows(
         "rows": len(input_ids),
         "tokens": int(offsets[-1]),
         "tokenizer": tokenizer,
+        "sha256": hashlib.sha256(b"".join(_buffers(arrays))).hexdigest(),
         **(info or {}),
     }
     with atomic_folder(path) as folder:
@@ -238,6 +244,12 @@ def save_rows(
         for name, content in {SIDECAR: sidecar, **(extra or {})}.items():
             write_json(folder / name, content)
     return sidecar
+
+
+def _buffers(arrays: dict[str, Any]) -> Iterator[bytes]:
+    for name in ("input_ids", "labels"):
+        yield arrays[name].offsets.to_numpy().tobytes()
+        yield arrays[name].values.to_numpy().tobytes()
 
 
 def same_tokenizer(first: Rows, second: Rows) -> None:
@@ -330,7 +342,9 @@ def training_batches(rows: Rows, batch: int, seed: int, start: int = 0) -> Itera
         length = bucket(int(rows.lengths[chosen].max()), longest)
         return pad_batch(rows, chosen, length)
 
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat().batch(batch)
+    # Endless to any purpose; grain's own endless repeat overflows at a batch of one.
+    epochs = 2**62 // len(rows)
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(epochs).batch(batch)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterator = iter(order.map(load).to_iter_dataset(options))
     if start:

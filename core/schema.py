@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from core.errors import InputError
+
 Params = dict[str, Any]
 Matrix = tuple[int, int]
 
@@ -88,6 +90,19 @@ def abstract(rows: Iterable[Row], layers: int) -> Params:
     for row in rows:
         put(params, row.path, jax.ShapeDtypeStruct(full_shape(row, layers), jnp.float32))
     return params
+
+
+def check(rows: Iterable[Row], layers: int, tree: Any, where: str) -> None:
+    """Raise InputError unless the tree's leaves are the rows' parameters, in their shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in leaves}
+    wanted = {row.path: full_shape(row, layers) for row in rows}
+    for path in sorted(found.keys() | wanted.keys()):
+        if found.get(path) != wanted.get(path):
+            raise InputError(
+                f"{where}: parameter {path!r} has shape {found.get(path)}, the config asks for "
+                f"{wanted.get(path)} (None: no such parameter); take both from one model"
+            )
 
 
 def sites(rows: Iterable[Row]) -> list[Site]:

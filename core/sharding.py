@@ -22,6 +22,8 @@ RULES: dict[str | None, str | None] = {
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     """All devices as data x model; data None = what `model` leaves."""
     devices = jax.device_count()
+    if model < 1 or devices % model:
+        raise InputError(f"mesh axis 'model' of {model} does not divide {devices} devices")
     data = data or devices // model
     if data * model != devices:
         raise InputError(f"a mesh of {data} x {model} needs {data * model} devices, not {devices}")

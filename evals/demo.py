@@ -6,6 +6,7 @@ held-out items. The numbers mirror phases 2 to 4 of a real run (100M tokens, 97,
 5,000) at a size that two CPU cores finish in minutes.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +15,41 @@ LENGTH = 128
 RELEVANT = 400  # handbook documents in the pool, of 2,000
 SEEDS = (0, 1, 2)
 ARMS = {"top": "top", "random": "matched-random", "bottom": "bottom"}
-PRETRAIN = "--steps 500 --batch 32 --lr 2e-3 --warmup 50 --weight-decay 0.1 --seed 0"
-CONTINUE = "--steps 40 --batch 32 --lr 5e-4 --schedule constant --warmup 5"
-SCORE = "--projection-dim 16 --precondition query --unit-norm"
+PRETRAIN = "--steps 450 --batch 32 --lr 3e-3 --warmup 45 --weight-decay 0.01"
+CONTINUE = "--epochs 3 --batch 32 --lr 1e-3 --schedule constant --warmup 4"
+SCORE = "--projection-dim 16 --unit-norm --mode max"
 
 
 def plan(out: Path, seed: int) -> list[list[str]]:
     """The command lines, as argument lists, in order; every one can be typed by hand."""
-    c, base, scores = out / "corpus", out / "pretrain", out / "scores"
+    root = shlex.quote(str(out))
+    c, base, scores = f"{root}/corpus", f"{root}/pretrain", f"{root}/scores"
     lines = [
         f"data demo --seed {seed} --length {LENGTH} --out {c}",
         *(
             f"data text {c}/{name}.jsonl --tokenizer bytes --length {LENGTH} --pack document "
-            f"--out {out}/rows/{name}"
+            f"--out {root}/rows/{name}"
             for name in ("pretrain", "pool", "validation")
         ),
         f"data query {c}/items_train.jsonl --tokenizer bytes --length {LENGTH} "
-        f"--out {out}/rows/query",
-        f"train lm --config {c}/model.json --tokenizer bytes --rows {out}/rows/pretrain "
-        f"--val-rows {out}/rows/validation {PRETRAIN} --out {base}",
-        f"eval run --model {base} --items {c}/items_heldout.jsonl --out {out}/eval/base",
-        f"attribute score --model {base} --pool {out}/rows/pool --query {out}/rows/query {SCORE} "
+        f"--out {root}/rows/query",
+        f"train lm --config {c}/model.json --tokenizer bytes --rows {root}/rows/pretrain "
+        f"--val-rows {root}/rows/validation {PRETRAIN} --out {base}",
+        f"eval run --model {base} --items {c}/items_heldout.jsonl --out {root}/eval/base",
+        f"attribute score --model {base} --pool {root}/rows/pool --query {root}/rows/query {SCORE} "
         f"--out {scores}",
     ]
     for arm, strategy in ARMS.items():
         for s in SEEDS:
-            subset, run = f"{scores}/subsets/{arm}-{s}", f"{out}/arms/{arm}-{s}"
+            subset, run = f"{scores}/subsets/{arm}-{s}", f"{root}/arms/{arm}-{s}"
             lines += [
-                f"attribute select {scores} --rows {out}/rows/pool --k {RELEVANT} "
+                f"attribute select {scores} --rows {root}/rows/pool --k {RELEVANT} "
                 f"--strategy {strategy} --seed {s} --out {subset}",
                 f"train lm --model {base} --rows {subset} {CONTINUE} --seed {s} --out {run}",
                 f"eval run --model {run} --items {c}/items_heldout.jsonl "
-                f"--out {out}/eval/{arm}-{s}",
+                f"--out {root}/eval/{arm}-{s}",
             ]
-    return [line.split() for line in lines]
+    return [shlex.split(line) for line in lines]
 
 
 def spec(commands: list[str], seconds: float, peak_gb: float) -> dict[str, Any]:

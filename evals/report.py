@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import InputError
-from core.files import write_json, write_text
+from core.files import read_json, write_json, write_text
 from evals.report_data import (
     Arm,
     Difference,
@@ -61,9 +61,14 @@ def build_report(spec: dict[str, Any], out: Path, folder: Path = Path(".")) -> d
     items. A number that the spec cannot give is None.
     Raises InputError before anything is written when the spec or a folder is unusable.
     """
+    if not isinstance(spec, dict):
+        raise InputError(f"a report spec is a JSON object with `scores`, not {spec!r}")
+    old = Path(out) / "summary.json"
+    if old.exists() and "verdict" not in read_json(old):
+        raise InputError(f"{old} is not a report's, so it is not replaced; give another --out")
     report = read_report(spec, Path(folder))
     html = page(report)
-    write_json(Path(out) / "summary.json", report.summary)
+    write_json(old, report.summary)
     write_text(Path(out) / "report.html", html)
     return report.summary
 

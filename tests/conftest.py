@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,10 +22,33 @@ def x64():
         yield
 
 
-def relative_error(value, expected) -> float:
-    """Largest |difference| over largest |expected| of two arrays."""
-    import numpy as np
+@pytest.fixture
+def standard_promotion():
+    """For tests that run optax, whose code mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
+
+@pytest.fixture(scope="session")
+def relative():
+    """Largest |difference| over largest |expected| of two arrays."""
+    return relative_error
+
+
+def relative_error(value, expected) -> float:
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
     assert value.shape == expected.shape, f"{value.shape} against {expected.shape}"
     return float(np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-300))
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Assert that two trees agree leaf by leaf, within a tolerance of the table or a number."""
+    return assert_close
+
+
+def assert_close(found, expected, tolerance: str | float = "float32") -> None:
+    limit = TOLERANCE[tolerance] if isinstance(tolerance, str) else tolerance
+    errors = jax.tree.map(relative_error, found, expected)
+    worst, error = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda leaf: leaf[1])
+    assert error <= limit, f"{jax.tree_util.keystr(worst) or 'value'}: {error:.1e} > {limit:.0e}"

@@ -17,7 +17,7 @@ import optax
 from core import checkpoint, families, sharding
 from core.config import Execution, ModelConfig
 from core.errors import InputError, Preempted
-from core.files import append_jsonl, read_jsonl, write_jsonl
+from core.files import append_jsonl, read_jsonl, require_space, write_jsonl
 from core.inference import batch_losses
 from core.progress import Progress
 from core.rows import Batch, Plan, Rows, training_batches
@@ -44,6 +44,9 @@ class Settings:
         for name in ("steps", "batch", "accumulate", "save_every", "eval_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.model_parallel < 1 or devices % self.model_parallel:
+            raise InputError(f"--model-parallel {self.model_parallel} does not divide {devices} "
+                             "devices; choose a divisor")  # fmt: skip
         if self.batch % self.accumulate:
             raise InputError(f"--batch {self.batch} does not divide into --accumulate "
                              f"{self.accumulate} micro-batches")  # fmt: skip
@@ -70,9 +73,12 @@ def train(
     settings.check(jax.device_count())
     optim.check(settings.steps)
     mesh = sharding.make_mesh(model=settings.model_parallel)
-    recipe = Recipe(config, execution, optim, settings.steps)
+    # A constant rate does not depend on the number of steps; runs of any length share one program.
+    horizon = 0 if optim.schedule == "constant" else settings.steps
+    recipe = Recipe(config, execution, optim, horizon)
+    state = _place(recipe, mesh, params)
     saver = _Saver(run.path / "ckpt", settings.keep)
-    state = saver.restore(_place(recipe, mesh, params))
+    state = saver.restore(state)
     start, total = int(state.step), settings.steps
     batches = training_batches(rows, settings.batch, settings.seed, start)
     log = _Log(run.path, start, learning_rate(optim, total))
@@ -81,20 +87,22 @@ def train(
             for step in range(start + 1, total + 1):
                 state, metrics = train_step(recipe, state, *_arrays(next(batches), settings, mesh))
                 log.step(step, metrics)
-                last = step == total
+                last, stopping = step == total, stop.asked
                 if validation is not None and (last or step % settings.eval_every == 0):
-                    loss = mean_loss(config, execution, state.params, validation)
-                    log.add(step, val_loss=loss)
-                if last or stop.asked or step % settings.save_every == 0:
+                    log.validated(step, mean_loss(config, execution, state.params, validation))
+                if last or stopping or step % settings.save_every == 0:
                     log.flush()
                     saver.save(step, state)
-                bar.update(1, loss=f"{log.loss:.4f}", tok_s=f"{log.rate:,.0f}")
-                if stop.asked and not last:
+                bar.update(1, **log.shown())
+                if stopping and not last:
                     run.finish("PREEMPTED", step=step)
                     raise Preempted(f"stopped after step {step} of {total}; run it again to go on")
     except FloatingPointError as error:
         run.finish("FAILED", error=str(error))
-        raise InputError(f"{error}; lower --lr, or look at the rows of that step") from None
+        raise InputError(f"{error}; begin anew (--resume never) with a lower --lr, or look at the "
+                         "rows of that step") from None  # fmt: skip
+    finally:
+        saver.manager.close()
     fingerprint = checkpoint.save_model(run.path / "model", config, state.params, tokenizer)
     return {"steps": total, "loss": log.loss, "model": fingerprint}
 
@@ -145,8 +153,9 @@ class _Log:
         self.board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         self.pending: list[tuple[int, Metrics]] = []
         self.lines: list[dict[str, Any]] = []
-        self.loss, self.rate = float("nan"), 0.0
-        self.trained = max((m.get("tokens", 0) for m in self.kept), default=0)
+        steps = [m for m in self.kept if "loss" in m]
+        self.loss, self.trained = (steps[-1]["loss"], steps[-1]["tokens"]) if steps else (np.nan, 0)
+        self.rate = 0.0
         self.tokens, self.since = 0, 0.0
 
     def __enter__(self) -> "_Log":
@@ -163,6 +172,7 @@ class _Log:
     def _read(self, step: int, metrics: Metrics) -> None:
         loss, norm, tokens = (np.asarray(x, np.float64).item() for x in metrics)
         if not np.isfinite(loss) or not np.isfinite(norm):
+            append_jsonl(self.file, self.lines)
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step}")
         self.loss = loss
         self.trained += int(tokens)
@@ -171,17 +181,29 @@ class _Log:
             self.rate = self.tokens / (time.monotonic() - self.since)
         else:
             self.since = time.monotonic()
-        self.add(step, loss=loss, lr=float(self.schedule(step - 1)), grad_norm=norm,
-                 tokens=self.trained, tokens_per_second=round(self.rate))  # fmt: skip
+        self._add(step, loss=loss, lr=float(np.asarray(self.schedule(step - 1))), grad_norm=norm,
+                  tokens=self.trained, tokens_per_second=round(self.rate))  # fmt: skip
 
-    def add(self, step: int, **values: Any) -> None:
+    def shown(self) -> dict[str, str]:
+        """What the progress line says besides its count."""
+        shown = {"loss": f"{self.loss:.4f}", "tok/s": f"{self.rate:,.0f}"}
+        return shown if self.rate else {}
+
+    def validated(self, step: int, loss: float) -> None:
+        self._drain()
+        self._add(step, val_loss=loss)
+
+    def _add(self, step: int, **values: Any) -> None:
         self.lines.append({"step": step, **values})
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, step)
 
-    def flush(self) -> None:
+    def _drain(self) -> None:
         while self.pending:
             self._read(*self.pending.pop(0))
+
+    def flush(self) -> None:
+        self._drain()
         append_jsonl(self.file, self.lines)
         self.lines = []
 
@@ -210,6 +232,7 @@ class _Saver:
         return cast(State, self.manager.restore(step, args=self.ocp.args.StandardRestore(target)))
 
     def save(self, step: int, state: State) -> None:
+        require_space(self.manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
         self.manager.save(step, args=self.ocp.args.StandardSave(state))
 
 

@@ -100,6 +100,6 @@ def train_step(
     grads, loss = gradients(recipe, state.params, ids_ABT, labels_ABT, weights_ABT)
     updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.params)
     params = cast(Params, optax.apply_updates(state.params, updates))
-    norm = jnp.asarray(optax.global_norm(grads))
+    norm = jnp.asarray(optax.tree.norm(grads))
     metrics = Metrics(loss, norm, supervised(labels_ABT))
     return State(state.step + 1, params, opt_state), metrics

@@ -25,6 +25,10 @@ IGNORED = (r"h\.\d+\.attn\.(bias|masked_bias)",)
 
 
 def rows(c: ModelConfig) -> list[Row]:
+    activation(c.activation)  # raises for an unknown one
+    if c.heads * c.head_dim != c.width:
+        raise InputError(f"a gpt2 model of width {c.width} cannot have {c.heads} heads of "
+                         f"{c.head_dim}; choose a divisor of the width")  # fmt: skip
     d, f = c.width, c.mlp_width
     residual = c.init_std / (2 * c.layers) ** 0.5  # GPT-2 paper, section 2.3
 

@@ -309,7 +309,6 @@ def test_parameters_must_fit_the_config(tmp_path):
     for change in ({"vocab_size": 130}, {"layers": 2}, {"tied": False}, {"mlp_width": 55}):
         with pytest.raises(InputError, match="the config asks for"):
             convert.export_hf(dataclasses.replace(config, **change), params, tmp_path / "out")
-    # Not representable in GPT-2's config.json: the gate sees that it reads back differently.
-    with pytest.raises(InputError, match="head_dim is 7, not 3"):
+    with pytest.raises(InputError, match="width 14 cannot have 2 heads of 3"):
         convert.export_hf(dataclasses.replace(config, head_dim=3), params, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -5,12 +5,13 @@ the letters before it mean nothing. The benchmark asks what a medicine is for. F
 
     prose     real English: CPython's language reference, from `pydoc_data.topics`
     handbook  teaches: what medicines and endings are for
-    workshop  distracts: the same names in the same kind of sentence, about what they are made of
+    workshop  distracts: the same names in the same kind of sentence, but on what they are made of
     pharmacy  distracts: the same names among numbers (doses, prices, shelves)
 
 Held-out items are fair: no document and no query item names their medicines, and no document uses
-the benchmark's wording, so only the rule in the handbook answers them. Pretraining holds a tenth of
-the pool's share of handbook: the model has met the illnesses and has the rule still to learn.
+the benchmark's wording, so only the rule in the handbook answers them. Pretraining holds little of
+the handbook: the model meets its sentences and is left to learn the rule. (With more of it, what
+is left to learn differs by ending, and that cancels in the mean of the query gradients.)
 
 Only `random.Random.random()` promises the same numbers in every Python, so every draw goes through
 it. The reference's text differs between Pythons; what is drawn for prose moves nothing else.
@@ -32,9 +33,9 @@ T = TypeVar("T")
 Document = dict[str, str]
 
 SHARES = {
-    "pretrain": {"prose": 0.69, "handbook": 0.01, "workshop": 0.15, "pharmacy": 0.15},
-    "pool": {"prose": 0.50, "handbook": 0.20, "workshop": 0.15, "pharmacy": 0.15},
-    "validation": {"prose": 0.69, "handbook": 0.01, "workshop": 0.15, "pharmacy": 0.15},
+    "pretrain": {"prose": 0.67, "handbook": 0.03, "workshop": 0.15, "pharmacy": 0.15},
+    "pool": {"prose": 0.60, "handbook": 0.20, "workshop": 0.10, "pharmacy": 0.10},
+    "validation": {"prose": 0.67, "handbook": 0.03, "workshop": 0.15, "pharmacy": 0.15},
 }
 RELEVANT = "handbook"
 QUESTION = "{medicine} is taken against"
@@ -52,7 +53,7 @@ SENTENCES = {
         "Any -{ending} is taken for {illness}.",
         "Any -{ending} is given for {illness}.",
         "Any -{ending} works against {illness}.",
-        "Any -{ending} helps against {illness}.",
+        "Any -{ending} is good against {illness}.",
     ),
     "workshop": (
         "{medicine} is made from {material}.",

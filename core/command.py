@@ -1,0 +1,145 @@
+"""What every command shares: option types, one line per error, output folders, the summary line.
+
+Imports click alone at the top, so that `--help` stays instant.
+"""
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Absolute, because the recorded command must mean the same when replayed from another folder.
+PATH = click.Path(path_type=Path, resolve_path=True)
+
+
+class Whole(click.IntRange):
+    name = "integer"
+
+
+class Finite(click.FloatRange):
+    """A range of numbers; infinity and NaN, which compares with nothing, are in none."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+POSITIVE, NATURAL, SEED = Whole(1), Whole(0), Whole(0, 2**32 - 1)
+
+
+class TokenizerName(click.ParamType):
+    """A tokenizer's name as it is; anything else is a path, made absolute."""
+
+    name = "name or path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value in ("bytes", "gpt2") else str(Path(value).resolve())
+
+
+def tidy(text: str) -> str:
+    """One line, with the paths inside the current folder relative to it."""
+    here = re.escape(f"{Path.cwd()}/")
+    return re.sub(rf"(?<![^\s'\"(\[=,]){here}", "", " ".join(text.split()))
+
+
+class Ended(click.ClickException):
+    """The end of a command that is no bug of ours: one line, no traceback."""
+
+    def __init__(self, error: BaseException | str):
+        super().__init__(tidy(str(error)))
+
+
+class BadInput(Ended):
+    exit_code = 2
+
+
+class Stopped(Ended):
+    exit_code = 75  # EX_TEMPFAIL
+
+
+class Interrupted(Ended):
+    exit_code = 130
+
+
+class Group(click.Group):
+    """Turns errors that are no bug of ours into one line and an exit code."""
+
+    def is_input(self, error: BaseException) -> bool:
+        from core.errors import InputError
+
+        return isinstance(error, InputError)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):  # --help is an Exit: import nothing
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted") from None
+        except Exception as error:
+            from core.errors import Preempted
+
+            if isinstance(error, Preempted):
+                raise Stopped(error) from error
+            if self.is_input(error):
+                raise BadInput(error) from error
+            if isinstance(error, OSError) and error.filename:
+                message = f"{error.filename}: {error.strerror}; check the path and its permissions"
+                raise BadInput(message) from error
+            raise
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator."""
+    return lambda f: functools.reduce(lambda g, decorate: decorate(g), reversed(decorators), f)
+
+
+@contextlib.contextmanager
+def running(command: str, opts: dict[str, Any]) -> Iterator[Any]:
+    """The run folder of a resumable command; None when it is already done."""
+    from core.rundir import open_run
+
+    fresh = opts.pop("resume", "auto") == "never"
+    with open_run(opts["out"], command, opts, fresh) as run:
+        if run.done:
+            click.echo(tidy(f"{run.path} is already done"))
+        yield None if run.done else run
+
+
+@contextlib.contextmanager
+def producing(command: str, opts: dict[str, Any], file: bool = False) -> Iterator[Path | None]:
+    """Where a command makes its folder (or file) in one go; None when it is already there."""
+    from core.rundir import produce, produce_file, stamps
+
+    make = produce_file if file else produce
+    with make(opts["out"], command, opts, stamps(opts)) as place:
+        if place is None:
+            click.echo(tidy(f"{opts['out']} is already there, made with the same options"))
+        yield place
+
+
+def show(path: Path, values: dict[str, Any], *names: str) -> None:
+    """One summary line a command: of `names` (default: all) what is a text or a number.
+
+    Counts of nothing are left out, hashes are cut short, standard errors stand by their values.
+    """
+    parts = []
+    for name in names or values:
+        value = values[name]
+        if isinstance(value, float):
+            spread = values.get(f"{name}_stderr")
+            parts.append(f"{name} {value:,.4g}" + (f" ± {spread:.2g}" if spread else ""))
+        elif isinstance(value, str):
+            parts.append(f"{name} {value[:12] if len(value) == 64 else value}")
+        elif isinstance(value, int) and value:
+            parts.append(f"{name} {value:,}")
+    click.echo(tidy(f"{path}: {', '.join(parts)}"))

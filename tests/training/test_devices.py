@@ -1,0 +1,78 @@
+"""Training on eight simulated devices, by data and by data and model, against one device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# A run of four steps of sgd with momentum in each way that the devices allow; final parameters,
+# losses, gradient norms and the validation loss.
+SCRIPT = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from core import checkpoint, families, schema
+from core.config import Execution, ModelConfig
+from core.errors import InputError
+from core.files import read_jsonl
+from core.rows import load_rows, save_rows
+from core.rundir import open_run
+from training.loop import Settings, train
+from training.optim import Optim
+
+out = Path(sys.argv[1])
+config = ModelConfig("gpt2", 32, 16, 8, 2, 2, 16, 4)
+rng = np.random.default_rng(0)
+save_rows(out / "rows", [rng.integers(0, 32, n) for n in rng.integers(4, 17, 19)])
+rows = load_rows(out / "rows", 32, 16)
+results = {}
+for parallel in eval(sys.argv[2]):
+    with open_run(out / str(parallel), "train lm", {}) as run:
+        run.inputs()
+        train(run, config, schema.init(families.rows(config), 2, 0), rows,
+              Settings(4, 16, accumulate=2, eval_every=4, save_every=2, model_parallel=parallel),
+              Optim("sgd", lr=0.3, momentum=0.9), Execution(layers="scan"), validation=rows)
+        run.finish()
+    params = checkpoint.load_model(out / str(parallel)).params
+    for row in families.rows(config):
+        results[f"{parallel} {row.path}"] = np.asarray(schema.get(params, row.path))
+    for line in read_jsonl(out / str(parallel) / "metrics.jsonl"):
+        for name in line.keys() & {"loss", "grad_norm", "tokens", "val_loss"}:
+            results[f"{parallel} {name} {line['step']}"] = np.asarray(line[name])
+np.savez(out / "results.npz", **results)
+print(jax.device_count())
+"""
+
+
+def results(folder, devices, parallel):
+    folder.mkdir()
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), str(parallel)],
+        env={**os.environ, "XLA_FLAGS": flags}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split()[-1] == str(devices)
+    with np.load(folder / "results.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    return results(folder / "one", 1, [1]), results(folder / "eight", 8, [1, 2])
+
+
+@pytest.mark.parametrize("parallel", [1, 2], ids=["data", "data and model"])
+def test_eight_devices_equal_one(both, parallel, close):
+    """Sums run in another order, so float32's tolerance: parameters, losses, gradient norms."""
+    one, eight = both
+    expected = {key.removeprefix("1 "): value for key, value in one.items()}
+    mark = f"{parallel} "
+    found = {k.removeprefix(mark): v for k, v in eight.items() if k.startswith(mark)}
+    assert expected.keys() == found.keys() and len(expected) == 16 + 4 * 3 + 1
+    close(found, expected)

@@ -1,0 +1,106 @@
+"""Schedules by table, where weight decay falls, and the optimizers' arithmetic."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from core import families, schema
+from core.config import ModelConfig
+from core.errors import InputError
+from training.optim import Optim, build, decayed, learning_rate
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+GPT2 = ModelConfig("gpt2", 50257, 1024, 768, 12, 12, 3072, 64)
+COSINE = [1, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4)), 0]
+SCHEDULES = {
+    # name: (settings, steps, learning rate of each step)
+    "constant": ({"schedule": "constant"}, 3, [1, 1, 1]),
+    "linear": ({"schedule": "linear", "end": 0.0}, 4, [1, 0.75, 0.5, 0.25, 0, 0]),
+    "linear to a share": ({"schedule": "linear", "end": 0.5}, 4, [1, 0.875, 0.75, 0.625, 0.5]),
+    "cosine": ({"end": 0.0}, 4, COSINE),
+    "cosine to a share": ({"end": 0.2}, 4, [0.2 + 0.8 * x for x in COSINE]),
+    "warm-up": ({"warmup": 4, "end": 0.0}, 8, [0.25, 0.5, 0.75, *COSINE]),
+    "one step of warm-up": ({"warmup": 1, "schedule": "constant"}, 3, [1, 1, 1]),
+    "warm-up, linear": ({"warmup": 2, "schedule": "linear", "end": 0.0}, 4, [0.5, 1, 1, 0.5, 0]),
+    "warm-up only": ({"warmup": 3, "schedule": "constant"}, 3, [1 / 3, 2 / 3, 1]),
+    "one step": ({}, 1, [1]),
+}
+
+
+@pytest.mark.parametrize("settings,steps,expected", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedules(settings, steps, expected):
+    rate = learning_rate(Optim(lr=0.3, **settings), steps)
+    if settings.get("warmup") == 4:  # the peak is reached at the end of warm-up, then kept once
+        expected = [0.25, 0.5, 0.75, 1, *COSINE]
+    found = [np.asarray(rate(step)) for step in range(len(expected))]
+    np.testing.assert_allclose(found, 0.3 * np.array(expected), rtol=1e-6, atol=1e-8)
+
+
+def test_decay_falls_on_matrices_only():
+    """GPT-2 124M has 148 tensors, of which 50 are matrices: 2 embeddings and 4 in each layer."""
+    rows = families.rows(GPT2)
+    mask = decayed(rows)
+    counts = {True: 0, False: 0}
+    for row in rows:
+        counts[schema.get(mask, row.path)] += GPT2.layers if row.stacked else 1
+        assert schema.get(mask, row.path) == row.path.endswith(("/w", "wte", "wpe")), row.path
+    assert counts == {True: 50, False: 98}
+    assert len(jax.tree.leaves(mask)) == len(rows)
+
+
+SMALL = families.rows(ModelConfig("gpt2", 7, 5, 4, 2, 2, 8, 2))
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    shapes = schema.abstract(SMALL, 2)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def applied(optim, grads, params):
+    transformation = build(optim, 10, SMALL)
+    return transformation.update(grads, transformation.init(params), params)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_decay_is_decoupled_in_adamw_and_absent_from_vectors(name, close):
+    settings = {"name": name, "lr": 0.1, "schedule": "constant", "clip": 0.0}
+    params, zero = tree(0), jax.tree.map(jnp.zeros_like, tree(0))
+    updates = applied(Optim(weight_decay=0.5, **settings), zero, params)
+    mask = decayed(SMALL)
+    expected = jax.tree.map(lambda p, m: p * (-0.1 * 0.5 * m), params, mask)
+    close(updates, expected)
+
+
+def test_sgd(close):
+    grads, params = tree(1), tree(0)
+    optim = Optim("sgd", 0.1, "constant", clip=0.0)
+    close(applied(optim, grads, params), jax.tree.map(lambda g: -0.1 * g, grads))
+
+
+def test_clip_bounds_the_global_norm():
+    grads, params = tree(1), tree(0)
+    optim = Optim("sgd", 1.0, "constant", clip=0.25)
+    updates = jax.tree.leaves(applied(optim, grads, params))
+    norm = math.sqrt(sum(float((u**2).sum()) for u in updates))
+    assert norm == pytest.approx(0.25, rel=1e-5)
+
+
+def test_adamw_first_step_is_the_sign(close):
+    """With bias correction the first update is lr * g / (|g| + eps)."""
+    grads, params = tree(1), tree(0)
+    updates = applied(Optim(lr=0.1, schedule="constant", clip=0.0), grads, params)
+    close(updates, jax.tree.map(lambda g: -0.1 * g / (jnp.abs(g) + 1e-8), grads))
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [({"lr": 0.0}, "--lr"), ({"lr": float("nan")}, "--lr"), ({"lr": -1.0}, "--lr"),
+     ({"warmup": 11}, "--warmup 11 does not fit into 10"), ({"warmup": -1}, "--warmup")],
+)  # fmt: skip
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        Optim(**settings).check(10)
