@@ -63,6 +63,8 @@ class Run:
         """
         if _begun(self.path) and not self.fresh:
             _same(read_json(self.path / "inputs.json"), hashes, self.path, "input")
+            for name in STATUSES:
+                (self.path / name).unlink(missing_ok=True)
             return
         for entry in list(self.path.iterdir()):
             if entry.is_dir() and not entry.is_symlink():

@@ -1,5 +1,6 @@
 """The per-example pass: parity with transformers, layout, and what must not change a result."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -21,17 +22,27 @@ LENGTHS = [17, 9, 26, 13, 5, 21]
 FULL, PROJECTED = Spec(Projection(0)), Spec(Projection(4))
 
 
-def run(config, params, spec, ids_BT, labels_BT, execution=None):
-    execution = execution or Execution(str(params["embed"]["wte"].dtype))
-    aux = gradients.projections(config, spec)
-    ids_BT, labels_BT = jnp.asarray(ids_BT), jnp.asarray(labels_BT)
-    out = gradients.example_gradients(config, execution, spec, params, aux, ids_BT, labels_BT)
-    return tuple(np.asarray(x) for x in out)
+@pytest.fixture(scope="module")
+def run(tiny):
+    """(features [B,D], losses [B]) of a batch as numpy arrays."""
+
+    @functools.cache
+    def compiled(config, execution, spec):
+        return tiny.jit(functools.partial(gradients.example_gradients, config, execution, spec))
+
+    def run(config, params, spec, ids_BT, labels_BT, execution=None):
+        execution = execution or Execution(str(params["embed"]["wte"].dtype))
+        aux = gradients.projections(config, spec)
+        batch = jnp.asarray(ids_BT), jnp.asarray(labels_BT)
+        out = compiled(config, execution, spec)(params, aux, *batch)
+        return tuple(np.asarray(x) for x in out)
+
+    return run
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
 @pytest.mark.parametrize("name", ["gpt2_tiny", "gpt2_tiny_untied"])
-def test_features_are_those_of_transformers(relative, name, bias):
+def test_features_are_those_of_transformers(run, relative, name, bias):
     """Values, order, orientation and names, against gradients that transformers made."""
     folder = ROOT / "tests" / "golden" / name
     config, params = import_hf(folder)
@@ -65,7 +76,7 @@ def test_layout_is_without_gaps(tiny):
 
 
 @pytest.mark.parametrize("spec", [FULL, PROJECTED], ids=["full", "projected"])
-def test_batch_size_and_padding_change_nothing(tiny, relative, x64, spec):
+def test_batch_size_and_padding_change_nothing(run, tiny, relative, x64, spec):
     config, params = tiny.config, tiny.params(dtype="float64")
     ids_BT, labels_BT = tiny.batch(LENGTHS)
     together_BD, losses_B = run(config, params, spec, ids_BT, labels_BT)
@@ -81,7 +92,7 @@ def test_batch_size_and_padding_change_nothing(tiny, relative, x64, spec):
 
 
 @pytest.mark.parametrize("spec", [FULL, PROJECTED], ids=["full", "projected"])
-def test_padding_rows_are_exactly_zero(tiny, spec):
+def test_padding_rows_are_exactly_zero(run, tiny, spec):
     ids_BT, labels_BT = tiny.batch(LENGTHS)
     labels_BT[[1, 4]] = -100
     features_BD, losses_B = run(tiny.config, tiny.params(), spec, ids_BT, labels_BT)
@@ -89,21 +100,19 @@ def test_padding_rows_are_exactly_zero(tiny, spec):
     assert features_BD[[0, 2, 3, 5]].any(1).all()
 
 
-def test_execution_changes_nothing_but_rounding(tiny, relative):
+def test_execution_changes_nothing_but_rounding(run, tiny, relative):
     config, params, batch = tiny.config, tiny.params(), tiny.batch(LENGTHS)
     expected = run(config, params, PROJECTED, *batch)[0]
     for execution in (Execution(layers="scan", remat=True), Execution(loss_chunk=20)):
-        assert (
-            relative(run(config, params, PROJECTED, *batch, execution=execution)[0], expected)
-            < 1e-5
-        )
+        found = run(config, params, PROJECTED, *batch, execution=execution)[0]
+        assert relative(found, expected) < 1e-5
     half = run(config, params, PROJECTED, *batch, execution=Execution("bfloat16"))[0]
     cosine_B = (half * expected).sum(1)
     cosine_B /= np.linalg.norm(half, axis=1) * np.linalg.norm(expected, axis=1)
     assert half.dtype == np.float32 and cosine_B.min() > 0.999
 
 
-def test_mean_loss_divides_by_the_supervised_tokens(tiny, relative, x64):
+def test_mean_loss_divides_by_the_supervised_tokens(run, tiny, relative, x64):
     config, params, (ids_BT, labels_BT) = (
         tiny.config,
         tiny.params(dtype="float64"),
@@ -116,7 +125,7 @@ def test_mean_loss_divides_by_the_supervised_tokens(tiny, relative, x64):
     np.testing.assert_array_equal(mean[1], summed[1])  # the reported loss is the sum either way
 
 
-def test_first_label_is_never_used(tiny):
+def test_first_label_is_never_used(run, tiny):
     ids_BT, labels_BT = tiny.batch([13, 8])
     expected = run(tiny.config, tiny.params(), PROJECTED, ids_BT, labels_BT)[0]
     labels_BT[:, 0] = -100
@@ -159,7 +168,8 @@ def test_eight_devices_are_one(tiny, relative, tmp_path):
     tiny.rows(tmp_path / "rows", [17, 9, 26, 13, 5, 21, 30, 8, 8, 11, 24])
     found = {}
     for devices in (1, 8):
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        quick = " ".join(f"--{name}={value}" for name, value in tiny.quick.items())
+        flags = f"{quick} --xla_force_host_platform_device_count={devices}"
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         out = tmp_path / f"{devices}.npz"
         command = [sys.executable, "-c", MANY_DEVICES, folder, tmp_path / "rows", out]

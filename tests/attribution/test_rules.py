@@ -49,9 +49,8 @@ def rule_of(name, bias):
 def catch_all(tiny, config, execution, params, ids_BT, labels_BT):
     """{(rule, bias): {path: [L,B,...]}} from one backward pass."""
     wide, (b, t), layers = params["embed"]["wte"].dtype, ids_BT.shape, config.layers
-    pairs = {
-        bias: gradients.projections(config, Spec(Projection(P), bias)) for bias in (False, True)
-    }
+    specs = [Spec(Projection(P), bias) for bias in (False, True)]
+    pairs = {spec.include_bias: gradients.projections(config, spec) for spec in specs}
     aux, outs = {}, {}
     for site in gradients.sites(config):
         shapes = {

@@ -23,8 +23,8 @@ from core.errors import InputError
 from core.files import read_json
 from core.rundir import open_run
 
-POOL = [17, 9, 26, 13, 5, 21, 30, 8, 8, 11, 24, 40, 2, 19]
-QUERY = [14, 31, 6]
+POOL = [17, 9, 24, 13, 5, 21, 19, 8, 8, 11, 24, 16, 2, 19]
+QUERY = [14, 20, 6]
 MODES: list[Any] = ["mean", "max", "each"]
 PRECONDITIONERS: list[Any] = ["none", "query", "pool", "mixed"]
 # float32 gradients and scores; a damped inverse magnifies rounding by its condition number.
@@ -188,7 +188,7 @@ def test_positive_scores_are_proponents(tiny, unprojected):
     """A small step along a row's gradient lowers the query's loss by lr times the score."""
     full, found = unprojected, unprojected.score(Settings())
     ids_BT, labels_BT = map(jnp.asarray, tiny.batch(QUERY, 2))
-    rate, losses = 1e-4, []
+    rate, losses = 1e-6, []
     for row in (int(found.argmax()), int(found.argmin())):
         with jax.enable_x64(True):
             params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny.params())
@@ -200,7 +200,7 @@ def test_positive_scores_are_proponents(tiny, unprojected):
                 site["w"] = site["w"].at[int(layer)].add(-rate * g_OI.T)
             after, before = (mean_loss(tiny, p, ids_BT, labels_BT) for p in (params, tiny.params()))
         losses.append((before - after) / rate)
-    np.testing.assert_allclose(losses, [found.max(), found.min()], rtol=0.02)
+    np.testing.assert_allclose(losses, [found.max(), found.min()], rtol=1e-3)
     assert losses[0] > 0 > losses[1]
 
 

@@ -21,7 +21,7 @@ from core.errors import InputError
 from core.rundir import open_run
 
 ROOT = Path(__file__).parents[2]
-LENGTHS = [17, 9, 26, 13, 5, 21, 30, 8, 8, 11, 24, 40, 2]
+LENGTHS = [17, 9, 13, 5, 21, 24, 8, 8, 11, 24, 2]
 SPEC = Spec(Projection(4))
 
 

@@ -104,7 +104,7 @@ def test_the_denominator_does_not_depend_on_the_weights(x64, close):
     close(grads(2 * first - second), together, "float64")
     some = np.where(rng.random(ones.shape) < 0.5, 1.0, 0.0)
     kept = np.where(some > 0, labels, -100).astype(np.int32)
-    share = float(supervised(jnp.asarray(kept)) / supervised(jnp.asarray(labels)))
+    share = float(supervised(jnp.asarray(kept))) / float(supervised(jnp.asarray(labels)))
     (alone, _), (masked, _) = grads_of(RECIPE, params(), ids, kept, ones), grads(some)
     close(masked, jax.tree.map(lambda g: g * share, alone), "float64")
 
