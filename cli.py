@@ -484,8 +484,7 @@ def report(source: Path, out: Path | None) -> None:
 @click.option("--preset", type=click.Choice(["tiny", "gpt2-124m"]), default="tiny")
 @click.option("--batch", type=POSITIVE, default=8, help="rows")
 @click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
-@click.option("--projection-dim", type=NATURAL, default=16,
-              help="P of the P x P projection of each site; 0 = unprojected")  # fmt: skip
+@click.option("--projection-dim", type=POSITIVE, default=16, help="P of the P x P projection")
 @click.option("--repeats", type=POSITIVE, default=7, help="alternating, of which the median")
 @click.option("--naive/--no-naive", default=True, help="also time vmap(grad) + projection")
 @click.option("--parts/--no-parts", default=False, help="also time a training step's pieces")

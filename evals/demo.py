@@ -16,7 +16,7 @@ RELEVANT = 400  # handbook documents in the pool, of 2,000
 SEEDS = (0, 1, 2)
 ARMS = {"top": "top", "random": "matched-random", "bottom": "bottom"}
 PRETRAIN = "--steps 450 --batch 32 --lr 3e-3 --warmup 45 --weight-decay 0.01"
-CONTINUE = "--epochs 3 --batch 32 --lr 1e-3 --schedule constant --warmup 4"
+CONTINUE = "--epochs 5 --batch 32 --lr 5e-4 --schedule constant --warmup 4"
 SCORE = "--projection-dim 16 --unit-norm --mode max"
 
 

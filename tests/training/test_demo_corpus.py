@@ -161,11 +161,11 @@ def test_distractors_name_the_same_medicines(corpus):
     """So that a medicine's name, a digit or a full stop does not give the relevant chunks away."""
     for source in ("handbook", "workshop", "pharmacy"):
         text = " ".join(d["text"] for d in corpus["pool"] if d["source"] == source)
-        assert all(text.count(ending) > 50 for ending in demo.USES)
+        assert all(text.count(ending) > 20 for ending in demo.USES)
 
 
 @pytest.mark.parametrize("counts", [(100, 192), (128, 100), (320, 640)])
 def test_item_counts_that_do_not_work_out_are_refused(tmp_path, counts):
-    with pytest.raises(InputError, match="multiples of 8"):
+    with pytest.raises(InputError, match="multiples of 16"):
         demo.write_corpus(tmp_path, query_items=counts[0], heldout_items=counts[1])
     assert not list(tmp_path.iterdir())

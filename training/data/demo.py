@@ -41,8 +41,10 @@ RELEVANT = "handbook"
 QUESTION = "{medicine} is taken against"
 # Endings of the international nonproprietary names (INN stems), each with one use.
 USES = {
-    "azepam": "anxiety", "cillin": "infection", "gliptin": "diabetes", "prazole": "heartburn",
-    "profen": "fever", "setron": "nausea", "statin": "cholesterol", "triptan": "migraine",
+    "astine": "rash", "azepam": "anxiety", "cillin": "infection", "conazole": "thrush",
+    "gliptin": "diabetes", "lukast": "asthma", "oxetine": "depression", "parin": "clots",
+    "prazole": "heartburn", "pril": "hypertension", "profen": "fever", "quine": "malaria",
+    "setron": "nausea", "statin": "cholesterol", "triptan": "migraine", "vir": "influenza",
 }  # fmt: skip
 MATERIALS = ("amber", "chalk", "copper", "garlic", "honey", "pepper", "rubber", "vinegar")
 STEMS = tuple(map("".join, product("BDFGHJKLMNPRSTVZ", "aeiou")))
