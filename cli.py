@@ -231,7 +231,7 @@ def data_demo(**opts: Any) -> None:
 @click.option("--rows", type=PATH, required=True)
 @click.option("--val-rows", type=PATH, help="rows for the validation loss")
 @out_option
-@click.option("--steps", type=POSITIVE, help="optimizer steps; default: what --epochs takes")
+@click.option("--steps", type=POSITIVE, help="optimizer steps; default: from --epochs")
 @click.option("--epochs", type=POSITIVE, default=1, help="passes over the rows")
 @click.option("--batch", type=POSITIVE, default=8, help="rows of an optimizer step")
 @click.option("--accumulate", type=POSITIVE, default=1, help="micro-batches of a step")
@@ -277,7 +277,7 @@ def train_lm(**opts: Any) -> None:
         validation = load_rows(opts["val_rows"], *fits) if opts["val_rows"] else None
         names = ("batch", "accumulate", "seed", "save_every", "eval_every", "keep",
                  "model_parallel")  # fmt: skip
-        steps = opts["steps"] or -(-opts["epochs"] * len(rows) // opts["batch"])
+        steps = opts["steps"] or max(round(opts["epochs"] * len(rows) / opts["batch"]), 1)
         settings = Settings(steps, **{name: opts[name] for name in names})
         optim = Optim(
             opts["optimizer"], opts["lr"], opts["schedule"], opts["warmup"], opts["end"],

@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever goes wrong; JSON lines survive a kill."""
 
+import contextlib
 import errno
 import json
 import os
@@ -27,15 +28,20 @@ def full_disk(monkeypatch):
     return fail
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file of this process may grow past 4 kB: a real failing write, without a full disk."""
+    """No file of this process may grow past 4 kB: a real failing write, without a full disk.
+
+    Around the writes only: pytest's own output may be a file.
+    """
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 WRITES = {
@@ -48,13 +54,12 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_a_failing_write_leaves_the_old_file(write, tmp_path, small_files):
+def test_a_failing_write_leaves_the_old_file(write, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(OSError):
-        write(path)
-    with pytest.raises(OSError):
-        write(tmp_path / "new")
+    for place in (path, tmp_path / "new"):
+        with pytest.raises(OSError), small_files():
+            write(place)
     assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"old"
 
 
