@@ -5,18 +5,24 @@ Face `config.json` belongs to the family's file. `Execution` never changes a res
 """
 
 import dataclasses
+import types
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from core.errors import InputError
-from core.files import PathLike, read_json
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only language model. Sizes count elements; `context` counts tokens."""
+    """A decoder-only language model. Sizes count elements; `context` and `window` count tokens.
+
+    None means: kv_heads as many as heads, rotary_dim the whole head, query_scale head_dim**-0.5.
+    sliding: for each layer, whether it sees only the last `window` tokens (itself included) and
+    turns by `rope_theta_local`; empty = no layer. stops: further ids that end a text, beside eos.
+    A family reads the fields it has a use for.
+    """
 
     family: str
     vocab_size: int
@@ -32,6 +38,25 @@ class ModelConfig:
     init_std: float = 0.02
     bos: int | None = None
     eos: int | None = None
+    stops: tuple[int, ...] = ()
+    kv_heads: int | None = None
+    rotary_dim: int | None = None
+    rope_theta: float = 10_000.0
+    rope_theta_local: float = 10_000.0
+    window: int = 0
+    sliding: tuple[bool, ...] = ()
+    query_scale: float | None = None
+    parallel_residual: bool = True
+
+    @property
+    def groups(self) -> int:
+        """Key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def scale(self) -> float:
+        """What a query times a key is multiplied by."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], where: str) -> "ModelConfig":
@@ -42,8 +67,7 @@ class ModelConfig:
         if unknown := sorted(set(fields) - set(known)):
             raise InputError(f"{where}: unknown model config key {unknown[0]!r}; known: {[*known]}")
         fields = {"family": "gpt2", **fields}
-        for name, value in fields.items():
-            _check_type(known[name], value, where)
+        fields = {name: _read(known[name], value, where) for name, value in fields.items()}
         if "width" in fields and "heads" in fields:
             fields.setdefault("mlp_width", 4 * fields["width"])
             fields.setdefault("head_dim", fields["width"] // max(fields["heads"], 1))
@@ -55,22 +79,50 @@ class ModelConfig:
         return config
 
     def check(self, where: str) -> None:
-        sizes = ("vocab_size", "context", "width", "layers", "heads", "mlp_width", "head_dim")
+        """Raise InputError, naming `where` and the field, for sizes that fit no model."""
+        sizes = ("vocab_size", "context", "width", "layers", "heads", "groups", "mlp_width",
+                 "head_dim")  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
             if value < 1:
                 raise InputError(f"{where}: {name} must be positive, got {value}")
+        if self.heads % self.groups:
+            raise InputError(
+                f"{where}: {self.heads} heads cannot share {self.groups} kv_heads evenly"
+            )
+        if self.rotary_dim is not None and not 0 < self.rotary_dim <= self.head_dim:
+            raise InputError(f"{where}: rotary_dim must be 1 to head_dim, got {self.rotary_dim}")
+        if self.sliding and len(self.sliding) != self.layers:
+            raise InputError(f"{where}: sliding names {len(self.sliding)} of {self.layers} layers")
+        if any(self.sliding) and self.window < 1:
+            raise InputError(f"{where}: window must be positive where a layer is sliding")
+        for name in ("bos", "eos"):
+            if (i := getattr(self, name)) is not None and i < 0:
+                raise InputError(f"{where}: {name} must not be negative, got {i}")
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, ready for a JSON file."""
         return dataclasses.asdict(self)
 
 
-def _check_type(field: dataclasses.Field[Any], value: Any, where: str) -> None:
-    fits: Any = int | float if field.type is float else field.type
-    # A bool is an int, too.
-    if not isinstance(value, fits) or isinstance(value, bool) != (field.type is bool):
-        kind = getattr(field.type, "__name__", field.type)
-        raise InputError(f"{where}: {field.name} must be of type {kind}, got {value!r}")
+def _read(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
+    """A field's value out of JSON, of the type the field is declared with."""
+    kind: Any = field.type
+    if isinstance(kind, types.GenericAlias):  # tuple[item, ...], a list in JSON
+        item = kind.__args__[0]
+        if isinstance(value, list | tuple) and all(type(v) is item for v in value):
+            return tuple(value)
+        raise InputError(f"{where}: {field.name} must be a list of {item.__name__}, got {value!r}")
+    allowed = {bool} if kind is bool else {int, float} if kind is float else {*_union(kind)}
+    if type(value) not in allowed:  # not isinstance: a bool is an int, too
+        name = getattr(kind, "__name__", str(kind))
+        raise InputError(f"{where}: {field.name} must be of type {name}, got {value!r}")
+    return value
+
+
+def _union(kind: Any) -> tuple[type, ...]:
+    members = getattr(kind, "__args__", (kind,))
+    return (*members, int) if float in members else members
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +158,3 @@ class Execution:
 
     def tokens_per_chunk(self, vocab_size: int) -> int:
         return self.loss_chunk or max(128, 2**25 // vocab_size)
-
-
-def read_config(path: PathLike) -> ModelConfig:
-    """A model config file: our own fields, or a Hugging Face `config.json` with a `model_type`."""
-    from core import families
-
-    content = read_json(path)
-    if isinstance(content, dict) and "model_type" in content:
-        return families.from_hf(content, str(path))
-    return ModelConfig.from_json(content, str(path))

@@ -1,6 +1,6 @@
 """Norms and activations shared by the families.
 
-Dims: B batch, T tokens, D width, N = B*T.
+Dims: B batch, T tokens, D width (the last axis, whatever stands before it).
 """
 
 from collections.abc import Callable
@@ -28,6 +28,19 @@ def layer_norm(x_BTD: jax.Array, g_D: jax.Array, b_D: jax.Array, eps: float) -> 
     centred_BTD = x32_BTD - x32_BTD.mean(-1, keepdims=True)
     scale_BT1 = jax.lax.rsqrt((centred_BTD**2).mean(-1, keepdims=True) + eps)
     return (centred_BTD * scale_BT1 * g_D[None, None] + b_D[None, None]).astype(x_BTD.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + g) over the last axis, in float32; g starts at zero."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        g_D = self.param("g", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(g_D.dtype)
+        scale = jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.eps)
+        return (wide * scale * (1 + g_D).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

@@ -14,6 +14,7 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -85,9 +86,18 @@ class Linear(nn.Module):
         if self.has_variable("lora", "a"):
             a_IR, b_RO = (self.get_variable("lora", n).astype(x_BTI.dtype) for n in "ab")
             scale = self.get_variable("lora", "scale").astype(x_BTI.dtype)
+            x_BTI = self._dropout(x_BTI)
             h_BTR = self._catch("lora_a", x_BTI @ a_IR, x_BTI)
             y_BTO = y_BTO + scale * self._catch("lora_b", h_BTR @ b_RO, h_BTR)
         return y_BTO
+
+    def _dropout(self, x_BTI: jax.Array) -> jax.Array:
+        """The adapter's input with some of it zeroed; only with a key, so never but in training."""
+        if not self.has_rng("dropout") or not self.has_variable("lora", "dropout"):
+            return x_BTI
+        keep = 1 - self.get_variable("lora", "dropout").astype(x_BTI.dtype)
+        kept_BTI = jax.random.bernoulli(self.make_rng("dropout"), keep, x_BTI.shape)
+        return jnp.where(kept_BTI, x_BTI / keep, 0)
 
     def _catch(self, name: str, y_BTO: jax.Array, x_BTI: jax.Array) -> jax.Array:
         sink = self.get_variable("sinks", name)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from core import families, loss
+from core.attention import CACHE
 from core.config import Execution, ModelConfig
 from core.linear import tap
 from core.schema import Params
@@ -30,11 +31,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        family, layers = families.of(self.config), self.config.layers
-        unroll = self.execution.unroll(layers)
+        c, family, dtype = self.config, families.of(self.config), self.execution.compute_dtype
+        unroll = self.execution.unroll(c.layers)
+        axes: Any = (nn.broadcast, 0)  # of places and kinds
 
-        def layer(block: nn.Module, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
-            x_BTD = block(x_BTD)
+        def layer(block: nn.Module, x_BTD: jax.Array, places: Any, kind: Any):
+            x_BTD = block(x_BTD, places, kind)
             tap(block, "resid", x_BTD)
             return x_BTD, None
 
@@ -44,15 +46,17 @@ class Decoder(nn.Module):
             layer = nn.remat(layer, prevent_cse=unroll > 1)
         stack = nn.scan(
             layer,
-            variable_axes={"params": 0, "lora": 0, "sinks": 0, "taps": 0},
-            split_rngs={"params": True},
-            length=layers,
+            variable_axes={"params": 0, "lora": 0, "sinks": 0, "taps": 0, CACHE: 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=axes,
+            length=c.layers,
             unroll=unroll,
         )
-        x_BTD = family.Embed(self.config, name="embed")(ids_BT)
-        x_BTD = x_BTD.astype(self.execution.compute_dtype)
-        x_BTD, _ = stack(family.Block(self.config, name="blocks"), x_BTD, None)
-        return family.FinalNorm(self.config.norm_eps, name="final_norm")(x_BTD)
+        positions_BT = jnp.arange(ids_BT.shape[1])[None]  # the same for every row
+        places = family.places(c, positions_BT, dtype)
+        x_BTD = family.Embed(c, dtype, name="embed")(ids_BT, positions_BT)
+        x_BTD, _ = stack(family.Block(c, name="blocks"), x_BTD, places, family.kinds(c))
+        return family.FinalNorm(c.norm_eps, name="final_norm")(x_BTD)
 
 
 def head(config: ModelConfig, params: Params) -> jax.Array:
@@ -61,10 +65,15 @@ def head(config: ModelConfig, params: Params) -> jax.Array:
 
 
 def hidden(
-    config: ModelConfig, execution: Execution, variables: Variables, ids_BT: jax.Array
+    config: ModelConfig,
+    execution: Execution,
+    variables: Variables,
+    ids_BT: jax.Array,
+    dropout: jax.Array | None = None,
 ) -> jax.Array:
-    """Final hidden states [B,T,D]."""
-    return cast(jax.Array, Decoder(config, execution).apply(variables, ids_BT))
+    """Final hidden states [B,T,D]. dropout: a key turns on the dropout of an adapter's input."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    return cast(jax.Array, Decoder(config, execution).apply(variables, ids_BT, rngs=rngs))
 
 
 def taps(
@@ -80,9 +89,14 @@ def logits(
 ) -> jax.Array:
     """All logits, float32 [B,T,V]: for tests and short prompts; losses never form them."""
     h_BTD = hidden(config, execution, variables, ids_BT)
-    w_VD = head(config, variables["params"]).astype(h_BTD.dtype)
+    return head_logits(h_BTD, head(config, variables["params"]))
+
+
+def head_logits(h_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Logits of hidden states, float32 [B,T,V]."""
     wide = np.promote_types(h_BTD.dtype, jnp.float32)
-    return jnp.einsum("BTD,VD->BTV", h_BTD, w_VD, preferred_element_type=wide)
+    head_VD = head_VD.astype(h_BTD.dtype)
+    return jnp.einsum("BTD,VD->BTV", h_BTD, head_VD, preferred_element_type=wide)
 
 
 def targets(labels_BT: jax.Array) -> jax.Array:
@@ -118,12 +132,13 @@ def weighted_loss(
     ids_BT: jax.Array,
     labels_BT: jax.Array,
     weights_BT: jax.Array,
+    dropout: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of weight * token loss, token losses [B,T]); weights are label-aligned.
 
     Reverse derivatives go through the sum only (see `core.loss.weighted_nll`).
     """
-    h_BTD = hidden(config, execution, variables, ids_BT)
+    h_BTD = hidden(config, execution, variables, ids_BT, dropout)
     chunk = execution.tokens_per_chunk(config.vocab_size)
     shifted_BT = jnp.pad(weights_BT[:, 1:], ((0, 0), (0, 1)))
     w_VD = head(config, variables["params"])

@@ -1,7 +1,9 @@
 """One file per model family over shared parts.
 
-A family file gives `rows(config)`, `Embed` and `Block` and `FinalNorm` modules, and the reading
-and writing of its Hugging Face config: `MODEL_TYPE`, `from_hf`, `to_hf`, `PREFIX`, `IGNORED`.
+A family file gives `rows(config)`; the modules `Embed`, `Block` and `FinalNorm`; `places`, what all
+blocks need of the tokens' positions, and `kinds`, what differs between layers, stacked over them;
+and what concerns its Hugging Face files: `MODEL_TYPE`, `ARCHITECTURE`, `PREFIX`, `IGNORED`,
+`ALIASES`, `from_hf`, `to_hf`.
 """
 
 from types import ModuleType
@@ -9,10 +11,11 @@ from typing import Any
 
 from core.config import ModelConfig
 from core.errors import InputError
-from core.families import gpt2
+from core.families import gemma3, gpt2, gpt_neox
+from core.files import PathLike, read_json
 from core.schema import Row
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2}
+FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "gemma3": gemma3, "gpt_neox": gpt_neox}
 
 
 def of(config: ModelConfig) -> ModuleType:
@@ -28,6 +31,14 @@ def from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
             return module.from_hf(hf, where)
     known = sorted(module.MODEL_TYPE for module in FAMILIES.values())
     raise InputError(f"{where}: model_type {hf.get('model_type')!r} is not one of {known}")
+
+
+def read_config(path: PathLike) -> ModelConfig:
+    """A model config file: our own fields, or a Hugging Face `config.json` with a `model_type`."""
+    content = read_json(path)
+    if isinstance(content, dict) and "model_type" in content:
+        return from_hf(content, str(path))
+    return ModelConfig.from_json(content, str(path))
 
 
 def rows(config: ModelConfig) -> list[Row]:

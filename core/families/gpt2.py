@@ -4,15 +4,16 @@ Dims: V vocabulary, C context, D width, F mlp width, H heads, K head width; B ba
 The file's four matrices are Conv1D, stored [in, out] as ours are, so no row is transposed.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from core.attention import causal_attention
+from core.attention import attend
 from core.config import ModelConfig
 from core.errors import InputError
+from core.families.hf_config import Keys, ends
 from core.layers import LayerNorm, activation
 from core.linear import Linear
 from core.schema import Row
@@ -22,13 +23,17 @@ ARCHITECTURE = "GPT2LMHeadModel"
 PREFIX = "transformer."
 # Buffers (causal masks) that old files carry beside the parameters.
 IGNORED = (r"h\.\d+\.attn\.(bias|masked_bias)",)
+ALIASES: dict[str, str] = {}
+ATTENTION = r"h\.\d+\.attn\.(c_attn|c_proj)"  # sites, for adapters
 
 
 def rows(c: ModelConfig) -> list[Row]:
     activation(c.activation)  # raises for an unknown one
-    if c.heads * c.head_dim != c.width:
-        raise InputError(f"a gpt2 model of width {c.width} cannot have {c.heads} heads of "
-                         f"{c.head_dim}; choose a divisor of the width")  # fmt: skip
+    if c.heads * c.head_dim != c.width or c.groups != c.heads:
+        raise InputError(
+            f"a gpt2 model of width {c.width} cannot have {c.heads} heads of {c.head_dim} over "
+            f"{c.groups}; choose a divisor of the width"
+        )
     d, f = c.width, c.mlp_width
     residual = c.init_std / (2 * c.layers) ** 0.5  # GPT-2 paper, section 2.3
 
@@ -60,22 +65,39 @@ def rows(c: ModelConfig) -> list[Row]:
     ]
 
 
+class Places(NamedTuple):
+    """What blocks need of positions: the positions, [B,T] or [1,T]."""
+
+    positions_BT: jax.Array
+
+
+def places(c: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype) -> Places:
+    del c, dtype
+    return Places(positions_BT)
+
+
+def kinds(c: ModelConfig) -> None:
+    """All layers are alike."""
+    del c
+
+
 class Embed(nn.Module):
     config: ModelConfig
+    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+    def __call__(self, ids_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         c, zeros = self.config, nn.initializers.zeros
         wte_VD = self.param("wte", zeros, (c.vocab_size, c.width))
         wpe_CD = self.param("wpe", zeros, (c.context, c.width))
-        return wte_VD[ids_BT] + wpe_CD[None, : ids_BT.shape[1]]
+        return (wte_VD[ids_BT] + wpe_CD[positions_BT]).astype(self.dtype)
 
 
 class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, places: Places, kind: None) -> jax.Array:
         c = self.config
         h_BTD = LayerNorm(c.norm_eps, name="ln_1")(x_BTD)
         qkv_BTE = Linear(3 * c.width, name="attn_c_attn")(h_BTD)
@@ -83,7 +105,7 @@ class Block(nn.Module):
             part.reshape(*part.shape[:2], c.heads, c.head_dim)
             for part in jnp.split(qkv_BTE, 3, axis=-1)
         )
-        a_BTHK = causal_attention(q, k, v, scale=c.head_dim**-0.5)
+        a_BTHK = attend(self, q, k, v, places.positions_BT, c.head_dim**-0.5)
         x_BTD = x_BTD + Linear(c.width, name="attn_c_proj")(a_BTHK.reshape(x_BTD.shape))
         h_BTD = LayerNorm(c.norm_eps, name="ln_2")(x_BTD)
         h_BTF = activation(c.activation)(Linear(c.mlp_width, name="mlp_c_fc")(h_BTD))
@@ -94,64 +116,34 @@ class FinalNorm(LayerNorm):
     """GPT-2's `ln_f`."""
 
 
-# Keys of a Hugging Face config that change nothing here: what the file is and how others train it.
-_INERT = {
-    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "_name_or_path", "task_specific_params", "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-    "summary_use_proj", "gradient_checkpointing", "pad_token_id", "return_dict", "id2label",
-    "label2id", "is_encoder_decoder", "problem_type", "output_attentions", "output_hidden_states",
-    "chunk_size_feed_forward", "tokenizer_class", "_num_labels", "_attn_implementation_autoset",
-}  # fmt: skip
-# Keys that are understood at one value only.
-_FIXED = {
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False, "add_cross_attention": False, "is_decoder": False,
-}  # fmt: skip
-_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-    "silu": "silu",
-}  # fmt: skip
-
-
 def from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     """Read a `config.json`; an unknown key, or a known one at an unsupported value, raises."""
-    read = {
-        "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
-        "activation_function", "tie_word_embeddings", "initializer_range", "bos_token_id",
-        "eos_token_id",
-    }  # fmt: skip
-    for key, value in hf.items():
-        if key in _FIXED and value != _FIXED[key]:
-            raise InputError(f"{where}: {key}={value!r} is not supported for gpt2")
-        if key not in read | _INERT | _FIXED.keys():
-            raise InputError(f"{where}: unknown key {key!r}; remove it if it changes nothing")
-    for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-        if not isinstance(hf.get(key), int) or hf[key] < 1:
-            raise InputError(f"{where}: key {key!r} is missing or not a positive integer")
-    if hf["n_embd"] % hf["n_head"]:
-        raise InputError(
-            f"{where}: n_embd={hf['n_embd']} is not divisible by n_head={hf['n_head']}"
-        )
-    function = hf.get("activation_function", "gelu_new")
-    if function not in _ACTIVATIONS:
-        raise InputError(f"{where}: activation_function={function!r} is not supported for gpt2")
-    return ModelConfig(
+    keys = Keys(hf, where, "gpt2")
+    keys.fixed(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+               reorder_and_upcast_attn=False, add_cross_attention=False,
+               is_decoder=False)  # fmt: skip
+    width, heads = keys.size("n_embd"), keys.size("n_head")
+    if width % heads:
+        raise InputError(f"{where}: n_embd={width} is not divisible by n_head={heads}")
+    config = ModelConfig(
         family="gpt2",
-        vocab_size=hf["vocab_size"],
-        context=hf["n_positions"],
-        width=hf["n_embd"],
-        layers=hf["n_layer"],
-        heads=hf["n_head"],
-        head_dim=hf["n_embd"] // hf["n_head"],
-        mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        activation=_ACTIVATIONS[function],
-        tied=hf.get("tie_word_embeddings", True),
-        init_std=hf.get("initializer_range", 0.02),
-        bos=hf.get("bos_token_id"),
-        eos=hf.get("eos_token_id"),
+        vocab_size=keys.size("vocab_size"),
+        context=keys.size("n_positions"),
+        width=width,
+        layers=keys.size("n_layer"),
+        heads=heads,
+        head_dim=width // heads,
+        mlp_width=keys.size("n_inner", 4 * width),
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5),
+        activation=keys.activation("activation_function", "gelu_new"),
+        tied=keys.flag("tie_word_embeddings", True),
+        init_std=keys.number("initializer_range", 0.02),
+        **keys.ids(),
     )
+    keys.finish("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "summary_activation",
+                "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+                "summary_use_proj")  # fmt: skip
+    return config
 
 
 def to_hf(c: ModelConfig) -> dict[str, Any]:
@@ -174,5 +166,5 @@ def to_hf(c: ModelConfig) -> dict[str, Any]:
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
         "bos_token_id": c.bos,
-        "eos_token_id": c.eos,
+        "eos_token_id": ends(c.eos, c.stops),
     }

@@ -15,7 +15,7 @@ import pytest
 
 from core import families, files, safetensors, schema
 from core.checkpoint import save_model
-from core.config import read_config
+from core.families import read_config
 from core.files import read_json, write_json
 from tokenizers import load
 

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from core import families
-from core.config import Execution, ModelConfig, read_config
+from core.config import Execution, ModelConfig
 from core.errors import InputError
+from core.families import read_config
 
 GOOD = {"vocab_size": 100, "context": 32, "width": 24, "layers": 2, "heads": 3}
 
