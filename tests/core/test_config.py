@@ -16,6 +16,15 @@ def test_defaults():
     config = ModelConfig.from_json(GOOD, "file")
     assert (config.family, config.mlp_width, config.head_dim) == ("gpt2", 96, 8)
     assert ModelConfig.from_json(config.to_json(), "file") == config
+    assert (config.groups, config.scale) == (3, 8**-0.5)
+
+
+def test_lists_are_hashable():
+    fields = {**GOOD, "sliding": [True, False], "window": 4, "stops": [1, 2], "query_scale": 1}
+    config = ModelConfig.from_json(fields, "file")
+    assert config.sliding == (True, False) and config.stops == (1, 2) and config.scale == 1
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json())), "file") == config
+    hash(config)
 
 
 BAD = {
@@ -35,6 +44,13 @@ BAD = {
     "head_dim": ({**GOOD, "head_dim": 6}, "width 24"),
     "activation": ({**GOOD, "activation": "tanh"}, "tanh"),
     "family": ({**GOOD, "family": "mamba"}, "model family 'mamba' is unknown"),
+    "kv_heads": ({**GOOD, "kv_heads": 2}, "3 heads cannot share 2 kv_heads"),
+    "rotary_dim": ({**GOOD, "rotary_dim": 9}, "rotary_dim must be 1 to head_dim"),
+    "window": ({**GOOD, "sliding": [True, False]}, "window must be positive"),
+    "sliding": ({**GOOD, "sliding": [True], "window": 4}, "sliding names 1 of 2 layers"),
+    "sliding text": ({**GOOD, "sliding": "yes"}, "sliding must be a list of bool"),
+    "sliding numbers": ({**GOOD, "sliding": [1, 0]}, "sliding must be a list of bool"),
+    "eos": ({**GOOD, "eos": -1}, "eos must not be negative"),
     "list": ([1], "holds no JSON object"),
     "model_type": ({"model_type": "mamba"}, "model_type 'mamba' is not one of"),
 }
