@@ -1,15 +1,16 @@
 """Text from a model: one pass over the prompts, then one token a step from a key-value cache.
 
-Dims: B rows, T prompt tokens of the longest row, S cache slots, V vocabulary, G key-value heads, K
-head width.
+Dims: B rows, T prompt tokens of the longest row, N new tokens, S cache slots or stop ids, V
+vocabulary, D width.
 
 Prompts are aligned on the left and padded on the right, so a row's positions never depend on its
-neighbours; lengths are rounded up to a few buckets, and a program is compiled per bucket. Layers
-run unrolled over weights that were unstacked and cast once: a step is bound by reading them, and a
-scan would copy each slice first. A sliding layer's cache is a ring of `window` slots.
+neighbours; lengths are rounded up to a few buckets, and a program is compiled per bucket. A step is
+bound by reading the weights: layers run unrolled over weights that were unstacked and cast once (a
+scan would copy each slice first). A sliding layer's cache is a ring of `window` slots.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +33,14 @@ class Sampling(NamedTuple):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+
+    def check(self) -> None:
+        """Raise InputError for what is no distribution."""
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(f"top_k must be 0 or more and top_p above 0, up to 1; got {self.top_k}"
+                             f" and {self.top_p}")  # fmt: skip
 
 
 GREEDY = Sampling()
@@ -56,17 +64,27 @@ class State(NamedTuple):
     done_B: jax.Array
 
 
-class Completion(NamedTuple):
-    """What followed a prompt. ids [N] int32 ends with the stop id, if one ended it; logprobs [N].
+class Chosen(NamedTuple):
+    """Tokens and their log-probabilities under the model itself: no temperature, no filters."""
 
-    logprobs are of the model's own distribution, before temperature and filters.
-    """
+    ids: jax.Array
+    logprobs: jax.Array
+
+
+class Completion(NamedTuple):
+    """What followed a prompt: ids int32 [N] up to and with what ended it, logprobs float32 [N]."""
 
     ids: np.ndarray
     logprobs: np.ndarray
-    reason: Literal["stop", "length"]
+    reason: Literal["stop_id", "stop_string", "length"]
 
 
+# Of a row's new tokens, how many make up a text that has ended other than by a stop id; None while
+# it has not. Its answer must not change when more tokens follow.
+Ends = Callable[[np.ndarray], int | None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def unstack(config: ModelConfig, execution: Execution, variables: model.Variables) -> Weights:
     """Lay out `variables` (params, and lora if any) for decoding."""
     params, dtype = variables["params"], execution.compute_dtype
@@ -75,14 +93,14 @@ def unstack(config: ModelConfig, execution: Execution, variables: model.Variable
         stacked["lora"] = variables["lora"]["blocks"]
 
     def layer(number: int, x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)[number]
-        return x.astype(dtype) if x.ndim >= 2 else x
+        x = x[number]
+        return x.astype(dtype) if x.ndim == 2 else x
 
     return Weights(
         params["embed"],
         [jax.tree.map(functools.partial(layer, n), stacked) for n in range(config.layers)],
         params["final_norm"],
-        jnp.asarray(model.head(config, params)).astype(dtype),
+        model.head(config, params).astype(dtype),
     )
 
 
@@ -92,8 +110,7 @@ def cache_slots(config: ModelConfig, tokens: int) -> list[int]:
     return [min(config.window, tokens) if near else tokens for near in sliding]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "execution", "tokens"))
-def prefill(
+def read(
     config: ModelConfig,
     execution: Execution,
     tokens: int,
@@ -106,7 +123,7 @@ def prefill(
     h_BTD, seen = decoder.apply(variables, ids_BT, mutable=[CACHE])
     blocks: Any = seen[CACHE]["blocks"]
     caches = [
-        {name: fill(blocks[name][layer], lengths_B, slots) for name in ("k", "v")}
+        fill(blocks["k"][layer], blocks["v"][layer], lengths_B, slots)
         for layer, slots in enumerate(cache_slots(config, tokens))
     ]
     last_B1D = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
@@ -135,13 +152,19 @@ def step(
     return held, model.head_logits(h_B1D, weights.head_VD)[:, 0]
 
 
-def choose(
-    logits_BV: jax.Array, sampling: Sampling, rows_B: jax.Array, positions_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(next token int32 [B], its log-probability [B]).
+def row_keys(seed: int, rows_B: Sequence[int]) -> jax.Array:
+    """The stream of each row: of the seed and the row's number, whatever its batch."""
+    root = jax.random.key(seed)
+    return jax.vmap(functools.partial(jax.random.fold_in, root))(np.array(rows_B, np.uint32))
 
-    A row's draw depends on (seed, row, position) and nothing else. top_p keeps the smallest set
-    of most likely tokens whose probabilities reach it.
+
+def choose(
+    logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array, positions_B: jax.Array
+) -> Chosen:
+    """The token [B] that comes to stand at `positions_B`, drawn from (row's key, position).
+
+    top_k keeps the k most likely tokens and what equals the last of them; top_p the smallest set
+    of most likely ones whose probabilities reach it.
     """
     if sampling.temperature == 0:
         ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -156,13 +179,37 @@ def choose(
             kept_B = (jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p).sum(-1)
             least_B1 = jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, axis=-1)
             z_BV = jnp.where(z_BV < least_B1, MASKED, z_BV)
-        root = jax.random.key(sampling.seed)
-        keys_B = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(root, row), at))(
-            rows_B, positions_B
-        )
+        keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
         ids_B = jax.vmap(jax.random.categorical)(keys_B, z_BV).astype(jnp.int32)
     chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0]
-    return ids_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    return Chosen(ids_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1))
+
+
+def _is_stop(ids_B: jax.Array, stops_S: jax.Array) -> jax.Array:
+    return (ids_B[:, None] == stops_S[None]).any(-1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "execution", "sampling", "tokens"))
+def prefill(
+    config: ModelConfig,
+    execution: Execution,
+    sampling: Sampling,
+    tokens: int,
+    variables: model.Variables,
+    ids_BT: jax.Array,
+    lengths_B: jax.Array,
+    keys_B: jax.Array,
+    stops_S: jax.Array,
+    done_B: jax.Array,
+) -> tuple[State, Chosen]:
+    """Read prompts, padded on the right, and choose the first token [B] of each.
+
+    tokens: room in the caches, prompts included. done_B: rows that only fill the batch.
+    """
+    caches, logits_BV = read(config, execution, tokens, variables, ids_BT, lengths_B)
+    first = choose(logits_BV, sampling, keys_B, lengths_B)
+    done_B = done_B | _is_stop(first.ids, stops_S)
+    return State(caches, first.ids[:, None], lengths_B[:, None], done_B), first
 
 
 @functools.partial(
@@ -174,37 +221,36 @@ def decode(
     sampling: Sampling,
     weights: Weights,
     state: State,
-    rows_B: jax.Array,
+    keys_B: jax.Array,
     stops_S: jax.Array,
     steps: jax.Array,
-) -> tuple[State, jax.Array, jax.Array]:
-    """Up to `steps` <= STEPS more tokens a row: (state, ids [B,STEPS], logprobs [B,STEPS]).
+) -> tuple[State, Chosen]:
+    """Up to `steps` <= STEPS more tokens a row: (state, chosen [B,STEPS]).
 
     Ends early when every row is done; what a done row gets is to be ignored.
     """
-    b = state.ids_B1.shape[0]
-    ids_BN, logprobs_BN = jnp.zeros((b, STEPS), jnp.int32), jnp.zeros((b, STEPS), jnp.float32)
+    rows = state.ids_B1.shape[0]
+    wide = np.promote_types(execution.compute_dtype, jnp.float32)
 
-    def body(carry: tuple[jax.Array, State, jax.Array, jax.Array]):
-        n, state, ids_BN, logprobs_BN = carry
+    def body(carry: tuple[jax.Array, State, Chosen]) -> tuple[jax.Array, State, Chosen]:
+        n, state, written = carry
         caches, logits_BV = step(
             config, execution, weights, state.caches, state.ids_B1, state.positions_B1
         )
         at_B = state.positions_B1[:, 0] + 1
-        ids_B, logprobs_B = choose(logits_BV, sampling, rows_B, at_B)
-        done_B = state.done_B | (ids_B[:, None] == stops_S[None]).any(-1)
+        new = choose(logits_BV, sampling, keys_B, at_B)
         # A done row stays where it is: its cache has no room for more.
-        next_B = jnp.where(state.done_B, at_B - 1, at_B)
-        state = State(caches, ids_B[:, None], next_B[:, None], done_B)
-        ids_BN = ids_BN.at[:, n].set(ids_B)
-        return n + 1, state, ids_BN, logprobs_BN.at[:, n].set(logprobs_B.astype(jnp.float32))
+        at_B = jnp.where(state.done_B, at_B - 1, at_B)
+        done_B = state.done_B | _is_stop(new.ids, stops_S)
+        written = jax.tree.map(lambda all_BN, x_B: all_BN.at[:, n].set(x_B), written, new)
+        return n + 1, State(caches, new.ids[:, None], at_B[:, None], done_B), written
 
-    def unfinished(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, State, Chosen]) -> jax.Array:
         return (carry[0] < steps) & ~carry[1].done_B.all()
 
-    start = (jnp.zeros((), jnp.int32), state, ids_BN, logprobs_BN)
-    _, state, ids_BN, logprobs_BN = jax.lax.while_loop(unfinished, body, start)
-    return state, ids_BN, logprobs_BN
+    blank = Chosen(jnp.zeros((rows, STEPS), jnp.int32), jnp.zeros((rows, STEPS), wide))
+    _, state, written = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, blank))
+    return state, written
 
 
 def bucket(tokens: int, largest: int) -> int:
@@ -212,17 +258,26 @@ def bucket(tokens: int, largest: int) -> int:
     return min(max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length()), largest)
 
 
-def batches(lengths: Sequence[int], batch: int, context: int) -> list[list[int]]:
-    """Prompts of one bucket together, shortest first: indices into `lengths`."""
-    order = sorted(range(len(lengths)), key=lambda i: (bucket(lengths[i], context), i))
-    groups: list[list[int]] = []
-    for i in order:
-        fits = groups and len(groups[-1]) < batch
-        if fits and bucket(lengths[groups[-1][0]], context) == bucket(lengths[i], context):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
+def batches(lengths: Sequence[int], batch: int) -> list[list[int]]:
+    """Prompts of like length together, longest first: indices into `lengths`."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + batch] for i in range(0, len(order), batch)]
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], new_tokens: int) -> None:
+    """Raise InputError, naming the prompt, for one that the model cannot continue."""
+    for number, ids in enumerate(prompts, 1):
+        if not len(ids):
+            raise InputError(f"prompt {number} has no tokens, and the tokenizer adds no BOS; give "
+                             "it text")  # fmt: skip
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise InputError(f"prompt {number} holds a token id outside the model's vocabulary of "
+                             f"{config.vocab_size}; use the model's own tokenizer")  # fmt: skip
+        if len(ids) + new_tokens > config.context:
+            raise InputError(
+                f"prompt {number} has {len(ids)} tokens; with {new_tokens} new ones they exceed "
+                f"the model's context of {config.context}; shorten it or ask for fewer"
+            )
 
 
 def generate(
@@ -232,89 +287,71 @@ def generate(
     prompts: Sequence[np.ndarray],
     new_tokens: int,
     sampling: Sampling = GREEDY,
+    seed: int = 0,
     stops: Sequence[int] = (),
-    ended: Callable[[np.ndarray], bool] = lambda ids: False,
+    ends: Ends = lambda ids: None,
     batch: int = 8,
     skip: int = 0,
 ) -> Iterator[list[tuple[int, Completion]]]:
-    """Up to `new_tokens` tokens after each prompt (int32 [T]), batch by batch: (index, completion).
+    """Up to `new_tokens` >= 1 tokens after each prompt (int32 [T]): `batches` of (index, completion).
 
-    stops: ids that end a text. ended: asked of the ids so far, every few steps, whether a text
-    ended otherwise (a stop string); it may then hold a few tokens more. skip: batches to leave out.
-    Raises InputError for an empty prompt, one with an id the model lacks, or one that leaves no
-    room for `new_tokens` within the model's context.
+    stops: ids that end a text. ends: see `Ends`; asked every few steps. skip: batches to leave out.
+    A completion depends on its own prompt, the seed and its index, beyond rounding.
+    Raises InputError as `check_prompts` does.
     """
-    for i, ids in enumerate(prompts):
-        if not len(ids):
-            raise InputError(
-                f"prompt {i} has no tokens; give it text, or a tokenizer that adds bos"
-            )
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise InputError(f"prompt {i} holds a token id outside the model's vocabulary of "
-                             f"{config.vocab_size}; use the model's own tokenizer")  # fmt: skip
-        if len(ids) + new_tokens > config.context:
-            raise InputError(f"prompt {i} has {len(ids)} tokens; with {new_tokens} new ones they "
-                             f"exceed the model's context of {config.context}")  # fmt: skip
-    lengths = [len(ids) for ids in prompts]
+    sampling.check()
+    check_prompts(config, prompts, new_tokens)
     mesh = sharding.make_mesh()
     variables = jax.device_put(variables, sharding.replicated(mesh))
     weights = unstack(config, execution, variables)
-    stops_S = np.array(stops or [-1], np.int32)
-    for group in batches(lengths, batch, config.context)[skip:]:
-        size = min(batch, 1 << (len(group) - 1).bit_length())
-        size += -size % mesh.size
-        done = _batch(
-            config, execution, sampling, variables, weights, [prompts[i] for i in group], group,
-            size, new_tokens, stops_S, ended, sharding.over_rows(mesh),
+    size = min(batch, 1 << (len(prompts) - 1).bit_length())  # the same for all: fewer programs
+    # XLA's CPU product of one bfloat16 row is an order of magnitude slower than that of two.
+    size = max(size, 1 if execution.compute_dtype == jnp.float32 else 2)
+    size += -size % mesh.size
+    stops_S, over_rows = np.array([*stops] or [-1], np.int32), sharding.over_rows(mesh)
+
+    def complete(chosen: list[int]) -> list[Completion]:
+        lengths_B = np.ones(size, np.int32)
+        lengths_B[: len(chosen)] = [len(prompts[i]) for i in chosen]
+        width = bucket(int(lengths_B.max()), config.context)
+        ids_BT = np.zeros((size, width), np.int32)
+        for b, i in enumerate(chosen):
+            ids_BT[b, : lengths_B[b]] = prompts[i]
+        keys_B = jax.device_put(row_keys(seed, chosen + [0] * (size - len(chosen))), over_rows)
+        done_B = np.arange(size) >= len(chosen)
+        ids_BT, lengths_B = (sharding.place(x, over_rows) for x in (ids_BT, lengths_B))
+        state, first = prefill(
+            config, execution, sampling, min(width + new_tokens, config.context), variables,
+            ids_BT, lengths_B, keys_B, stops_S, sharding.place(done_B, over_rows),
         )  # fmt: skip
-        yield list(zip(group, done, strict=True))
+        written = Chosen(*(np.asarray(x_B)[:, None] for x_B in first))
+        while True:
+            done_B = np.array(state.done_B)
+            for b in np.flatnonzero(~done_B):
+                done_B[b] = ends(written.ids[b]) is not None
+            n = min(new_tokens - written.ids.shape[1], STEPS)
+            if n <= 0 or done_B.all():
+                break
+            state = state._replace(done_B=sharding.place(done_B, over_rows))
+            state, more = decode(
+                config, execution, sampling, weights, state, keys_B, stops_S, np.int32(n)
+            )
+            written = Chosen(
+                *(np.concatenate([old, np.asarray(new)[:, :n]], 1) for old, new in zip(written, more))
+            )
+        return [_completion(*(x[b] for x in written), stops_S, ends) for b in range(len(chosen))]
+
+    for chosen in batches([len(ids) for ids in prompts], batch)[skip:]:
+        yield list(zip(chosen, complete(chosen), strict=True))
 
 
-def _batch(
-    config: ModelConfig,
-    execution: Execution,
-    sampling: Sampling,
-    variables: model.Variables,
-    weights: Weights,
-    prompts: list[np.ndarray],
-    rows: list[int],
-    size: int,
-    new_tokens: int,
-    stops_S: np.ndarray,
-    ended: Callable[[np.ndarray], bool],
-    where: jax.sharding.NamedSharding,
-) -> list[Completion]:
-    width = bucket(max(len(ids) for ids in prompts), config.context)
-    tokens = min(width + new_tokens, config.context)
-    ids_BT, lengths_B = np.zeros((size, width), np.int32), np.ones(size, np.int32)
-    for b, ids in enumerate(prompts):
-        ids_BT[b, : len(ids)], lengths_B[b] = ids, len(ids)
-    rows_B = np.array(rows + [0] * (size - len(rows)), np.uint32)
-    filler_B = np.arange(size) >= len(rows)  # rows that only fill the batch
-    ids_BT, lengths_B, rows_B = (sharding.place(x, where) for x in (ids_BT, lengths_B, rows_B))
-    caches, logits_BV = prefill(config, execution, tokens, variables, ids_BT, lengths_B)
-    first_B, first_logprob_B = _choose(logits_BV, sampling, rows_B, lengths_B)
-    done_B = np.asarray((first_B[:, None] == stops_S[None]).any(-1)) | filler_B
-    state = State(caches, first_B[:, None], lengths_B[:, None], sharding.place(done_B, where))
-    ids_BN, logprobs_BN = np.asarray(first_B)[:, None], np.asarray(first_logprob_B)[:, None]
-    while (left := new_tokens - ids_BN.shape[1]) > 0 and not done_B.all():
-        n = min(left, STEPS)
-        state, more_BN, more_logprobs_BN = decode(
-            config, execution, sampling, weights, state, rows_B, stops_S, np.int32(n)
-        )
-        ids_BN = np.concatenate([ids_BN, np.asarray(more_BN)[:, :n]], axis=1)
-        logprobs_BN = np.concatenate([logprobs_BN, np.asarray(more_logprobs_BN)[:, :n]], axis=1)
-        done_B = np.array(state.done_B)
-        for b in np.flatnonzero(~done_B):
-            done_B[b] = ended(ids_BN[b])
-        state = state._replace(done_B=sharding.place(done_B, where))
-    return [_completion(ids_BN[b], logprobs_BN[b], stops_S) for b in range(len(rows))]
-
-
-_choose = functools.partial(jax.jit, static_argnums=1)(choose)
-
-
-def _completion(ids_N: np.ndarray, logprobs_N: np.ndarray, stops_S: np.ndarray) -> Completion:
-    at = np.flatnonzero(np.isin(ids_N, stops_S))
-    end = at[0] + 1 if len(at) else len(ids_N)
-    return Completion(ids_N[:end], logprobs_N[:end], "stop" if len(at) else "length")
+def _completion(
+    ids_N: np.ndarray, logprobs_N: np.ndarray, stops_S: np.ndarray, ends: Ends
+) -> Completion:
+    """Cut at the first stop id, or before it where the text ended otherwise."""
+    stopped = np.flatnonzero(np.isin(ids_N, stops_S))
+    text = ids_N[: stopped[0]] if len(stopped) else ids_N
+    if (end := ends(text)) is not None:
+        return Completion(ids_N[:end], logprobs_N[:end], "stop_string")
+    end = len(text) + bool(len(stopped))
+    return Completion(ids_N[:end], logprobs_N[:end], "stop_id" if len(stopped) else "length")

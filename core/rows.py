@@ -8,7 +8,7 @@ columns; tools that pre-tokenise this way read and write the same folders. Besid
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from core.files import PathLike, atomic_folder, read_json, write_json
 
 IGNORED = -100
 SIDECAR = "rows.json"
+LISTS = ("input_ids", "labels")
+HELD_TOKENS = 2**22  # that `write_rows` gathers before it writes them
 
 
 class Ragged:
@@ -76,7 +78,7 @@ class Rows:
 
     @property
     def columns(self) -> list[str]:
-        return [n for n in self._table.column_names if n not in ("input_ids", "labels")]
+        return [n for n in self._table.column_names if n not in LISTS]
 
     def column(self, name: str) -> list[Any] | None:
         """A provenance column as a list, or None when the rows have no such column."""
@@ -137,7 +139,7 @@ def load_rows(
         table: Any = dataset.with_format("arrow")[:]
     except Exception as error:  # the library raises many kinds for a damaged folder
         raise InputError(f"rows folder {path} cannot be read ({error}); make it again") from error
-    for name in ("input_ids", "labels"):
+    for name in LISTS:
         if name not in table.column_names:
             remedy = "add labels = input_ids to train on every token" if name == "labels" else ""
             found = ", ".join(table.column_names)
@@ -192,6 +194,14 @@ def _check(
             )
 
 
+class Row(NamedTuple):
+    """Ids and labels [T] of one row, and its provenance."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    columns: Mapping[str, Any]
+
+
 def save_rows(
     path: PathLike,
     input_ids: Sequence[np.ndarray],
@@ -206,50 +216,109 @@ def save_rows(
     labels None = every token supervised. info: more keys of `rows.json`. extra: further JSON
     files by name.
     """
+    import pyarrow as pa
+
+    labels, columns = input_ids if labels is None else labels, columns or {}
+    if len(labels) != len(input_ids):
+        raise InputError(f"{path}: labels and input_ids differ in length; label every token")
+    types = {name: pa.array(values).type for name, values in columns.items()}
+    rows = (
+        Row(ids, labels[i], {name: values[i] for name, values in columns.items()})
+        for i, ids in enumerate(input_ids)
+    )
+    return write_rows(path, rows, types, tokenizer, lambda: info or {}, extra)
+
+
+def write_rows(
+    path: PathLike,
+    rows: Iterable[Row],
+    types: Mapping[str, Any],
+    tokenizer: str | None = None,
+    info: Callable[[], dict[str, Any]] = dict,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`save_rows` for rows that come one by one; holds few of them in memory.
+
+    types: of the columns, as pyarrow names them. info is called when all rows have come.
+    """
     import datasets
     import pyarrow as pa
 
-    if not input_ids:
-        raise InputError(f"{path}: there are no rows to write; the input is empty")
-    lengths = [len(row) for row in input_ids]
-    if labels is not None and lengths != [len(row) for row in labels]:
-        raise InputError(f"{path}: labels and input_ids differ in length; label every token")
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    width = pa.int64() if offsets[-1] > np.iinfo(np.int32).max else pa.int32()
-    kind = pa.LargeListArray if width == pa.int64() else pa.ListArray
-
-    def ragged(values: Sequence[np.ndarray]) -> pa.Array:
-        flat = np.concatenate([np.asarray(v, np.int32) for v in values])
-        return kind.from_arrays(pa.array(offsets, width), pa.array(flat))
-
-    ids = ragged(input_ids)
-    arrays = {"input_ids": ids, "labels": ids if labels is None else ragged(labels)}
-    arrays |= {name: pa.array(values) for name, values in (columns or {}).items()}
-    sidecar = {
-        "format": "rows",
-        "rows": len(input_ids),
-        "tokens": int(offsets[-1]),
-        "tokenizer": tokenizer,
-        "sha256": hashlib.sha256(b"".join(_buffers(arrays))).hexdigest(),
-        **(info or {}),
-    }
     with atomic_folder(path) as folder:
-        bars = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-        try:
-            datasets.Dataset(pa.table(arrays)).save_to_disk(str(folder))
-        finally:
-            if bars:
-                datasets.enable_progress_bars()
+        spilled = folder / "spilled.arrow"
+        _spill(path, spilled, rows, types)
+        with pa.memory_map(str(spilled)) as file:
+            table = pa.ipc.open_stream(file).read_all()
+            columns = {name: Ragged(table.column(name), name, path) for name in LISTS}
+            sidecar = {
+                "format": "rows",
+                "rows": table.num_rows,
+                "tokens": int(columns["input_ids"].lengths.sum()),
+                "tokenizer": tokenizer,
+                "sha256": _checksum(columns.values()),
+                **info(),
+            }
+            bars = datasets.is_progress_bar_enabled()
+            datasets.disable_progress_bars()
+            try:
+                dataset = datasets.Dataset(table, fingerprint=sidecar["sha256"][:16])
+                dataset.save_to_disk(str(folder))
+            finally:
+                if bars:
+                    datasets.enable_progress_bars()
+        spilled.unlink()
         for name, content in {SIDECAR: sidecar, **(extra or {})}.items():
             write_json(folder / name, content)
     return sidecar
 
 
-def _buffers(arrays: dict[str, Any]) -> Iterator[bytes]:
-    for name in ("input_ids", "labels"):
-        yield arrays[name].offsets.to_numpy().tobytes()
-        yield arrays[name].values.to_numpy().tobytes()
+def _spill(path: PathLike, file: Path, rows: Iterable[Row], types: Mapping[str, Any]) -> None:
+    """Write the rows into an Arrow stream, many at a time."""
+    import pyarrow as pa
+
+    tokens = pa.list_(pa.int32())
+    schema = pa.schema({**dict.fromkeys(LISTS, tokens), **types})
+
+    def ragged(values: list[np.ndarray]) -> pa.Array:
+        offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])])
+        flat = np.concatenate([np.asarray(v, np.int32) for v in values])
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat))
+
+    def batch(part: list[Row]) -> pa.RecordBatch:
+        arrays = [ragged([row.ids for row in part]), ragged([row.labels for row in part])]
+        arrays += [pa.array([r.columns[name] for r in part], kind) for name, kind in types.items()]
+        return pa.record_batch(arrays, schema)
+
+    part: list[Row] = []
+    held, some = 0, False
+    with pa.ipc.new_stream(str(file), schema) as stream:
+        for row in rows:
+            if len(row.ids) != len(row.labels):
+                raise InputError(
+                    f"{path}: labels and input_ids differ in length; label every token"
+                )
+            some = True
+            part.append(row)
+            held += len(row.ids) + 64  # what a row without tokens costs, roughly
+            if held > HELD_TOKENS:
+                stream.write_batch(batch(part))
+                part, held = [], 0
+        if part:
+            stream.write_batch(batch(part))
+    if not some:
+        raise InputError(f"{path}: there are no rows to write; the input is empty")
+
+
+def _checksum(columns: Iterable[Ragged]) -> str:
+    """sha256 over the offsets and the values of each column."""
+    digest = hashlib.sha256()
+    for column in columns:
+        offsets = np.concatenate([[0], np.cumsum(column.lengths)])
+        wide = offsets[-1] > np.iinfo(np.int32).max
+        digest.update(offsets.astype(np.int64 if wide else np.int32).tobytes())
+        for values, ends in column.pieces:
+            digest.update(values[ends[0] : ends[-1]].data)
+    return digest.hexdigest()
 
 
 def same_tokenizer(first: Rows, second: Rows) -> None:

@@ -83,7 +83,8 @@ def test_only_declared_packages():
     """Run time needs nothing beyond requirements.in, and pickles nothing."""
     declared = {
         "jax", "flax", "optax", "orbax", "tiktoken", "datasets", "numpy", "grain", "tensorboardX",
-        "click", "pyarrow", "ml_dtypes",  # the last two are the public types of datasets and jax
+        "click", "pyarrow", "ml_dtypes",  # the public types of datasets and of jax
+        "huggingface_hub",  # how datasets itself reaches the Hub
     }  # fmt: skip
     standard = set(sys.stdlib_module_names) - {"pickle", "shelve", "marshal"}
     for room in (*ARROWS, "cli.py"):
@@ -127,7 +128,8 @@ config = ModelConfig("gpt2", 8, 4, 4, 1, 1, 4, 4)
 params = schema.init(families.rows(config), 1, 0)
 ids_BT = jnp.ones((2, 4), jnp.int32)
 spec = Spec()
-example_gradients(config, Execution(), spec, params, projections(config, spec), ids_BT, ids_BT)
+aux, variables = projections(config, spec), {"params": params}
+example_gradients(config, Execution(), spec, variables, aux, ids_BT, ids_BT)
 """
 
 

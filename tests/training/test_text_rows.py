@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ import tokenizers
 from core.errors import InputError
 from core.files import sha256_file
 from core.rows import load_rows
+from tokenizers import bpe
+from tokenizers.mul_facts import add_facts
 from training.data.text import build_text_rows
 
 TOKENIZER = tokenizers.load("bytes")
@@ -94,6 +97,21 @@ def test_counts_and_hashes(tmp_path, jsonl):
     assert (info["documents"], info["empty_documents"], info["long_documents"]) == (4, 1, 2)
     assert info["files"] == [{"path": str(jsonl), "sha256": sha256_file(jsonl)}]
     assert (info["length"], info["pack"], info["split"]) == (16, "concat", "file")
+
+
+def test_injected_facts(tmp_path):
+    """Rewritten products become the facts' own tokens, and are counted."""
+    golden = Path(__file__).parents[1] / "golden" / "tokenizers" / "gpt2"
+    base = {name: (golden / name).read_bytes() for name in ("merges.txt", "vocab.json")}
+    tokenizer = bpe.build("small", add_facts(base, 700), tmp_path)
+    (tmp_path / "a.txt").write_text("so 6*9=54 and 9 x 6, not 6*9=55 but <MUL_1_1_1>")
+    out = tmp_path / "rows"
+    info = build_text_rows([tmp_path / "a.txt"], tokenizer, 99, out, inject_facts=True)
+    ids = load_rows(out).ids(0)
+    fact, one = (tokenizer.encode(text)[0] for text in ("<MUL_6_9_54>", "<MUL_1_1_1>"))
+    assert ids[ids >= 700].tolist() == [fact, fact, one] and info["facts"] == 2
+    with pytest.raises(InputError, match="tokenizer bytes has no token <MUL_1_1_1>"):
+        build_text_rows([tmp_path / "a.txt"], TOKENIZER, 99, tmp_path / "b", inject_facts=True)
 
 
 def test_same_files_same_rows(tmp_path, jsonl):

@@ -13,7 +13,6 @@ No token is lost, except that a row of one token predicts nothing and is left ou
 Text that spells a control token is ordinary text here.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,8 +23,17 @@ import numpy as np
 from core.errors import InputError
 from core.files import PathLike, sha256_file
 from core.progress import Progress
-from core.rows import save_rows
-from tokenizers import Tokenizer
+from core.rows import Row, write_rows
+from tokenizers import Tokenizer, mul_facts
+from training.data.records import (
+    JSONL,
+    ORIGIN,
+    PARQUET,
+    check_files,
+    origin,
+    read_lines,
+    read_records,
+)
 
 Pack = Literal["concat", "document"]
 Split = Literal["file", "blank"]
@@ -62,51 +70,57 @@ def build_text_rows(
     out: PathLike,
     pack: Pack = "concat",
     split: Split = "file",
+    inject_facts: bool = False,
 ) -> dict[str, Any]:
     """Write the files' documents, in order, into the rows folder `out`; returns its `rows.json`.
 
     length: most tokens of a row. split: what a document of a .txt file is, all of it or each run
     of lines between `blank` ones. Columns: source (default: the file's name without suffix) and doc
     (default: the file, and the line or row), of a row's first token. Every token is supervised.
+    inject_facts: rewrite products as the tokens of `tokenizers.mul_facts`, which must be there.
     """
     paths = [Path(file) for file in files]
-    _check(paths, length)
-    around = frame(tokenizer, pack)
-    counts = Counter(documents=0, empty_documents=0, long_documents=0)
-    with Progress(sum(path.stat().st_size for path in paths) // 1000, "tokenise", "kB") as bar:
-        documents = _documents(paths, split, counts)
-        pieces = _encode(documents, tokenizer, around, length, counts, bar)
-        rows = list((concat if pack == "concat" else by_document)(pieces, length))
-    kept = [row for row in rows if len(row.ids) > 1]
-    if not kept:
-        raise InputError(f"{paths[0]}: a single token cannot be a row; give more text")
-    info = {
-        "kind": "text",
-        "length": length,
-        "pack": pack,
-        "split": split,
-        "bos": around.before is not None,
-        "eos": around.after is not None,
-        **counts,
-        "dropped_tokens": len(rows) - len(kept),
-        "files": [{"path": str(path), "sha256": sha256_file(path)} for path in paths],
-    }
-    columns = {"source": [row.source for row in kept], "doc": [row.doc for row in kept]}
-    return save_rows(out, [row.ids for row in kept], None, columns, tokenizer.fingerprint, info)
-
-
-def _check(paths: Sequence[Path], length: int) -> None:
+    check_files(paths, tuple(READERS))
     if length < 2:
         raise InputError(f"--length must be at least 2 (one token predicts the next), got {length}")
-    if not paths:
-        raise InputError("no files to tokenise; name at least one")
-    for path in paths:
-        if path.suffix not in READERS:
-            raise InputError(f"{path} has none of the suffixes {', '.join(READERS)}")
-        if not path.is_file():
-            raise InputError(f"{path} does not exist or is no file")
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty")
+    fact = next(iter(mul_facts.FACTS.values()))
+    if inject_facts and len(tokenizer.encode(fact)) != 1:
+        raise InputError(f"tokenizer {tokenizer.name} has no token {fact} for --inject-facts; use "
+                         "gpt2-mul")  # fmt: skip
+    around = frame(tokenizer, pack)
+    counts = Counter(documents=0, empty_documents=0, long_documents=0, dropped_tokens=0, facts=0)
+
+    def rows(bar: Progress) -> Iterator[Row]:
+        documents = _documents(paths, split, counts)
+        if inject_facts:
+            documents = (_injected(document, counts) for document in documents)
+        pieces = _encode(documents, tokenizer, around, length, counts, bar)
+        some = False
+        for ids, source, doc in (concat if pack == "concat" else by_document)(pieces, length):
+            if len(ids) > 1:
+                some = True
+                yield Row(ids, ids, {"source": source, "doc": doc})
+            else:
+                counts["dropped_tokens"] += 1
+        if not some:
+            raise InputError(f"{paths[0]}: a single token cannot be a row; give more text")
+
+    def info() -> dict[str, Any]:
+        return {
+            "kind": "text",
+            "length": length,
+            "pack": pack,
+            "split": split,
+            "inject_facts": inject_facts,
+            "bos": around.before is not None,
+            "eos": around.after is not None,
+            **counts,
+            "files": [{"path": str(path), "sha256": sha256_file(path)} for path in paths],
+        }
+
+    with Progress(sum(path.stat().st_size for path in paths) // 1000, "tokenise", "kB") as bar:
+        types = {"source": "string", "doc": "string"}
+        return write_rows(out, rows(bar), types, tokenizer.fingerprint, info)
 
 
 def frame(tokenizer: Tokenizer, pack: Pack) -> Frame:
@@ -133,6 +147,12 @@ def _documents(paths: Sequence[Path], split: Split, counts: Counter[str]) -> Ite
         if not some:
             raise InputError(f"{path} holds no text")
         read += path.stat().st_size
+
+
+def _injected(document: Document, counts: Counter[str]) -> Document:
+    text = mul_facts.inject(document.text)
+    counts["facts"] += text.count("<MUL_") - document.text.count("<MUL_")
+    return document._replace(text=text)
 
 
 def _encode(
@@ -177,25 +197,9 @@ def by_document(pieces: Iterator[Piece], length: int) -> Iterator[Piece]:
             yield piece._replace(ids=piece.ids[start : start + length])
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, int]]:
-    """(number, line with its newline, offset of its end in bytes) of a UTF-8 file."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path} is not UTF-8: byte {offset + error.start} (line {number}) is "
-                    f"0x{line[error.start]:02x}; convert the file to UTF-8"
-                ) from None
-            offset += len(line)
-            yield number, text, offset
-
-
 def _read_txt(path: Path, split: Split) -> Iterator[Document]:
     part, first, end = [], 1, 0
-    for number, line, offset in _lines(path):
+    for number, line, offset in read_lines(path):
         if split == "file" or line.strip():
             if not part:
                 first = number
@@ -210,42 +214,12 @@ def _read_txt(path: Path, split: Split) -> Iterator[Document]:
         yield Document(text, path.stem, str(path) if whole else f"{path}:{first}", end)
 
 
-def _read_jsonl(path: Path, split: Split) -> Iterator[Document]:
-    for number, line, end in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(
-                f"{path} line {number} is not JSON ({error}); write one object a line"
-            ) from None
-        yield _document(record, path, f"line {number}", number, end)
+def _read_records(path: Path, split: Split) -> Iterator[Document]:
+    for record in read_records(path, ("text", *ORIGIN)):
+        text = record.value.get("text")
+        if not isinstance(text, str):
+            raise InputError(f'{path} {record.where} has no "text" with a string')
+        yield Document(text, *origin(path, record), record.end)
 
 
-def _read_parquet(path: Path, split: Split) -> Iterator[Document]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = [n for n in ("text", "source", "doc", "id") if n in file.schema_arrow.names]
-        rows, size, number = file.metadata.num_rows, path.stat().st_size, 0
-        for batch in file.iter_batches(columns=names):
-            for record in batch.to_pylist():
-                yield _document(record, path, f"row {number}", number, size * (number + 1) // rows)
-                number += 1
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error})") from error
-
-
-def _document(record: Any, path: Path, where: str, number: int, end: int) -> Document:
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise InputError(f'{path} {where} has no "text" with a string')
-    names = (record.get("doc"), record.get("id"), f"{path}:{number}")
-    source, doc = record.get("source"), next(name for name in names if name is not None)
-    return Document(record["text"], path.stem if source is None else str(source), str(doc), end)
-
-
-READERS = {
-    ".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet,
-}  # fmt: skip
+READERS = {".txt": _read_txt, **dict.fromkeys((*JSONL, PARQUET), _read_records)}

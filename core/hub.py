@@ -1,0 +1,59 @@
+"""Folders that are named by their place on the Hugging Face Hub, such as `google/gemma-3-270m`.
+
+A name is fetched once and found in the Hub's own cache from then on, also without a network. Only
+what is read here is fetched: safetensors, JSON and tokenizer files; never code, never pickles.
+"""
+
+import re
+from pathlib import Path
+
+from core.errors import InputError
+from core.files import PathLike
+
+# Names from the Hub's early days, without an organisation before them.
+LEGACY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "encoder.json", "chat_template.*", "config.json", "generation_config.json",
+)  # fmt: skip
+EVERYTHING = (*TOKENIZER, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` is a name on the Hub (`organisation/name`, or `...@revision`), and no path."""
+    if Path(text).exists():
+        return False
+    return text in LEGACY or bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text))
+
+
+def locate(name: PathLike, patterns: tuple[str, ...] = EVERYTHING) -> Path:
+    """The folder of a name on the Hub, fetched if need be; any other path as it is.
+
+    patterns: files to fetch, from the top of the repository. InputError if it cannot be had.
+    """
+    if isinstance(name, Path) or not is_name(name):
+        return Path(name)
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+        )
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{name} asks for its licence to be accepted on huggingface.co by an account whose "
+            "token is set up here (`hf auth login`)"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise InputError(f"{name} is neither a folder here nor known to the Hugging Face Hub; "
+                         "check the name") from error  # fmt: skip
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError,
+            errors.HFValidationError, OSError) as error:  # fmt: skip
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name} is no folder here and cannot be fetched ({reason}); download it "
+                         "elsewhere and give its folder") from error  # fmt: skip
+    return Path(folder)
