@@ -10,15 +10,15 @@ token that fails this (`unreachable`) is never produced, and is kept from tiktok
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenizers.base import Cutter, Tokenizer, fingerprint
-from tokenizers.files import TokenizerError, parse_object, parse_text
-from tokenizers.roles import ENDOFTEXT, read_roles, roles_config
+from tokenizers.base import Cutter, Ids, Tokenizer, fingerprint
+from tokenizers.files import TokenizerError, check_ids, is_text, parse_object, parse_text
+from tokenizers.nfc import nfc
+from tokenizers.roles import ENDOFTEXT, Roles, read_roles, roles_config
 
 if TYPE_CHECKING:
     import tiktoken
@@ -43,7 +43,8 @@ class Vocabulary(NamedTuple):
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
-    added: dict[str, int]  # always cut out of the text, e.g. NeoX's runs of spaces
+    raw: dict[str, int]  # always cut out of the text, before it is normalised
+    added: dict[str, int]  # after, e.g. NeoX's runs of spaces
     control: dict[str, int]
     nfc: bool
     add_bos: bool
@@ -57,11 +58,9 @@ class TextEncoder:
     added: Cutter
     nfc: bool
 
-    def __call__(self, text: str) -> Sequence[int]:
+    def __call__(self, text: str) -> Ids:
         if self.nfc:
-            # Python's Unicode is newer than that of Hugging Face's library (9 or so), which leaves
-            # some hundred rare combining marks in the order in which they come.
-            text = unicodedata.normalize("NFC", text)
+            text = nfc(text)
         if len(text) > MAX_BLANKS and (run := LONG_RUN.search(text)):
             raise TokenizerError(
                 f"a text of {len(text)} characters has {MAX_BLANKS} or more whitespace"
@@ -88,16 +87,17 @@ def build(name: str, files: Mapping[str, bytes], folder: Path) -> Tokenizer:
     ids, control = vocabulary.ids, vocabulary.control
     if ENDOFTEXT in ids:
         control.setdefault(ENDOFTEXT, ids[ENDOFTEXT])
-    literal = vocabulary.added | control
+    literal = vocabulary.raw | vocabulary.added | control
     for token, i in literal.items():
         if ids.get(token, i) != i:
             raise TokenizerError(
-                f"{source}: token {token!r} has id {ids[token]} in the vocabulary but {i} among the"
-                " added tokens: fetch it again"
+                f"{source}: token {token!r} has id {ids.get(token)} in the vocabulary but {i}"
+                " among the added tokens: fetch it again"
             )
     known = ids | literal
-    _check_ids(source, known)
-    roles = read_roles(folder, files, known, control, vocabulary.add_bos)
+    check_ids(source, known)
+    end = ENDOFTEXT if ENDOFTEXT in control else None
+    roles = read_roles(folder, files, known, control, Roles(end, end, None, vocabulary.add_bos))
     control |= {t: known[t] for t in (roles.bos, roles.eos, roles.pad) if t is not None}
 
     ranks = _ranks(source, vocabulary)
@@ -110,7 +110,10 @@ def build(name: str, files: Mapping[str, bytes], folder: Path) -> Tokenizer:
         fingerprint=fingerprint(
             "byte-level BPE",
             vocabulary.nfc,
-            *(sorted(m.items()) for m in (ranks, vocabulary.added, control, pieces)),
+            *(
+                sorted(m.items())
+                for m in (ranks, vocabulary.raw, vocabulary.added, control, pieces)
+            ),
         ),
         bos=None if roles.bos is None else known[roles.bos],
         eos=None if roles.eos is None else known[roles.eos],
@@ -124,6 +127,7 @@ def build(name: str, files: Mapping[str, bytes], folder: Path) -> Tokenizer:
             vocabulary.nfc,
         ),
         files=kept | {"tokenizer_config.json": roles_config(folder, files, roles)},
+        added=vocabulary.raw,
     )
 
 
@@ -133,18 +137,6 @@ def _bytes_of(token: str) -> bytes | None:
         return bytes([BYTE_OF[character] for character in token])
     except KeyError:
         return None
-
-
-def _check_ids(source: Path, ids: Mapping[str, int]) -> None:
-    owner: dict[int, str] = {}
-    for token, i in ids.items():
-        if type(i) is not int or i < 0:
-            raise TokenizerError(f"{source}: token {token!r} has id {i!r}: expected an integer")
-        if i in owner:
-            raise TokenizerError(
-                f"{source}: tokens {owner[i]!r} and {token!r} both have id {i}: fetch it again"
-            )
-        owner[i] = token
 
 
 def _ranks(source: Path, vocabulary: Vocabulary) -> dict[bytes, int]:
@@ -230,7 +222,7 @@ def _from_two_files(source: Path, merges: Path, files: Mapping[str, bytes]) -> V
     name = "added_tokens.json"
     control = parse_object(source.with_name(name), files.get(name, b"{}"))
     return Vocabulary(
-        parse_object(source, files[source.name]), pairs, {}, control, nfc=False, add_bos=False
+        parse_object(source, files[source.name]), pairs, {}, {}, control, nfc=False, add_bos=False
     )
 
 
@@ -251,7 +243,7 @@ def _from_components(source: Path, data: dict[str, Any]) -> Vocabulary:
         if not supported:
             raise TokenizerError(
                 f"{source}: {what} {json.dumps(value)[:80]} is not supported: only byte-level BPE"
-                " as in GPT-2 and GPT-NeoX is"
+                " as in GPT-2 and GPT-NeoX, or with byte_fallback as in Gemma, is"
             )
 
     model, normalizer, words = data["model"], data.get("normalizer"), data.get("pre_tokenizer")
@@ -279,12 +271,15 @@ def _from_components(source: Path, data: dict[str, Any]) -> Vocabulary:
     else:
         require(after is None or after["type"] == "ByteLevel", "post_processor", after)
 
+    raw: dict[str, int] = {}
     added: dict[str, int] = {}
     control: dict[str, int] = {}
     for token in data.get("added_tokens") or ():
         for option in ("single_word", "lstrip", "rstrip"):
             require(not token.get(option), f"added token with {option}", token)
-        (control if token["special"] else added)[token["content"]] = token["id"]
+        require(is_text(token["content"]), "added token", token)
+        always = raw if token.get("normalized") is False else added
+        (control if token["special"] else always)[token["content"]] = token["id"]
 
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     for merge in merges:
@@ -292,4 +287,4 @@ def _from_components(source: Path, data: dict[str, Any]) -> Vocabulary:
             raise TokenizerError(f"{source}: merge {merge!r} is not two tokens: fetch it again")
     pairs = [(left, right) for left, right in merges]
     vocab = dict(model["vocab"].items())
-    return Vocabulary(vocab, pairs, added, control, normalizer is not None, add_bos)
+    return Vocabulary(vocab, pairs, raw, added, control, normalizer is not None, add_bos)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,14 @@ BYTES_MARKER = "bytes_tokenizer.json"
 LAYOUTS = (
     (BYTES_MARKER,),
     ("tokenizer.json",),
+    ("tokenizer.model",),
     ("vocab.bpe", "encoder.json"),
     ("vocab.json", "merges.txt"),
 )
-# What may lie beside them and says which tokens are bos, eos and pad, strongest first.
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "added_tokens.json")
+# What may lie beside them: what tells bos, eos and pad, strongest first, and a chat's template.
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "added_tokens.json",
+          "chat_template.jinja")  # fmt: skip
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TokenizerError(ValueError):
@@ -54,14 +58,15 @@ def _layout_in(folder: Path) -> tuple[str, ...]:
             if fits(names):
                 return names
     raise TokenizerError(
-        f"{folder} holds no tokenizer: put tokenizer.json, vocab.bpe with encoder.json, or"
-        " vocab.json with merges.txt there"
+        f"{folder} holds no tokenizer: put tokenizer.json, tokenizer.model, vocab.bpe with"
+        " encoder.json, or vocab.json with merges.txt there"
     )
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write each file whole or not at all, beside no file of another tokenizer."""
-    rivals = {name for names in LAYOUTS for name in names} | {"added_tokens.json"}
+    rivals = {name for names in LAYOUTS for name in names}
+    rivals |= {"added_tokens.json", "chat_template.jinja"}
     for name in sorted(rivals - files.keys()):
         if (folder / name).exists():
             raise TokenizerError(
@@ -96,10 +101,33 @@ def parse_text(path: Path, content: bytes) -> str:
 
 def parse_object(path: Path, content: bytes) -> dict[str, Any]:
     """The JSON object in content; path only names it in errors."""
+    text = parse_text(path, content)
     try:
-        value = json.loads(parse_text(path, content))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
         raise TokenizerError(f"{path} is not JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold; JSON can also spell half a surrogate pair."""
+    return isinstance(value, str) and (value.isascii() or not SURROGATE.search(value))
+
+
+def check_ids(source: Path, ids: Mapping[str, int]) -> None:
+    """Raises TokenizerError unless every token is a text and has an id of its own."""
+    owner: dict[int, str] = {}
+    for token, i in ids.items():
+        if not is_text(token):
+            raise TokenizerError(f"{source}: token {token!r} is no text: fetch it again")
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise TokenizerError(
+                f"{source}: token {token!r} has id {i!r}: expected an integer from 0 to 2**31 - 1"
+            )
+        if i in owner:
+            raise TokenizerError(
+                f"{source}: tokens {owner[i]!r} and {token!r} both have id {i}: fetch it again"
+            )
+        owner[i] = token

@@ -1,8 +1,8 @@
 """Which tokens are bos, eos and pad, as the files beside a vocabulary declare it.
 
 Hugging Face spreads this over tokenizer_config.json, special_tokens_map.json and the model's
-config.json. The first that mentions a role decides, null meaning none; where none mentions it,
-bos and eos are <|endoftext|>, as for GPT-2 and GPT-NeoX, and there is no pad.
+config.json. The first that mentions a role decides, null meaning none; where none mentions it, the
+kind of tokenizer has a default.
 """
 
 import json
@@ -29,9 +29,9 @@ def read_roles(
     files: Mapping[str, bytes],
     vocab: Mapping[str, int],
     control: Mapping[str, int],
-    add_bos: bool,
+    default: Roles,
 ) -> Roles:
-    """Roles from the files of `files.BESIDE`; add_bos is what holds if none of them says.
+    """Roles from the files of `files.BESIDE`; default is what holds where none of them says.
 
     A model's config keeps its family's default ids even where its vocabulary is another, so an id
     found there counts only if it is a control token's. Raises TokenizerError for a token that
@@ -46,7 +46,7 @@ def read_roles(
     tokens = {i: token for token, i in control.items()}
     found: dict[str, str | None] = {}
     for role in ("bos", "eos", "pad"):
-        found[role] = ENDOFTEXT if role != "pad" and ENDOFTEXT in control else None
+        found[role] = getattr(default, role)
         model_id = model.get(f"{role}_token_id")
         if isinstance(model_id, list) and model_id:
             model_id = model_id[0]
@@ -56,7 +56,7 @@ def read_roles(
             if f"{role}_token" in values:
                 found[role] = _content(folder / name, role, values[f"{role}_token"], vocab)
     config = declared.get("tokenizer_config.json", {})
-    return Roles(**found, add_bos=bool(config.get("add_bos_token", add_bos)))
+    return Roles(**found, add_bos=bool(config.get("add_bos_token", default.add_bos)))
 
 
 def _content(path: Path, role: str, value: Any, vocab: Mapping[str, int]) -> str | None:
