@@ -15,13 +15,14 @@ from typing import Any
 import click
 
 from core.command import (
+    MODEL,
     NATURAL,
     PATH,
     POSITIVE,
     SEED,
+    TOKENIZER,
     Finite,
     Group,
-    TokenizerName,
     options,
     producing,
     running,
@@ -64,9 +65,14 @@ bench_group = group("bench", "Speed and memory, as ratios measured in one run.")
 
 
 out_option = click.option("--out", type=PATH, required=True, help="folder to make")
-model_option = click.option(
-    "--model", type=PATH, required=True, help="model folder, finished run, or Hugging Face folder"
+adapter_option = click.option(
+    "--adapter", type=MODEL, help="PEFT folder, or run that made one, to attach to the model"
 )
+model_option = options(
+    click.option("--model", type=MODEL, required=True,
+                 help="model folder, finished run, Hugging Face folder or hub name"),
+    adapter_option,
+)  # fmt: skip
 execution_options = options(
     click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
                  help="of activations and matmuls"),
@@ -87,6 +93,8 @@ gradient_options = options(
     click.option("--include-bias", is_flag=True, help="the bias gradient as a last column"),
     click.option("--loss", type=click.Choice(["sum", "mean"]), default="sum",
                  help="of an example, over its supervised tokens"),
+    click.option("--gradients", type=click.Choice(["weight", "adapter"]),
+                 help="of the weights or the adapter's factors; default: adapter if there is one"),
 )  # fmt: skip
 
 
@@ -96,10 +104,10 @@ def execution(opts: dict[str, Any]) -> Any:
     return Execution(opts["dtype"], opts["layers"], opts["remat"], opts["loss_chunk"])
 
 
-def load_model(path: Path) -> Any:
+def load_model(path: Path, adapter: Path | None = None, dtype: str = "float32") -> Any:
     from core.checkpoint import load_model
 
-    return load_model(path)
+    return load_model(path, adapter, dtype)
 
 
 def load_rows(path: Path, loaded: Any) -> Any:
@@ -114,46 +122,87 @@ def load_rows(path: Path, loaded: Any) -> Any:
 def load_tokenizer(name: str | None, loaded: Any = None) -> Any:
     import tokenizers
     from core.errors import InputError
+    from core.hub import TOKENIZER_FILES, locate
 
     if name is None and (loaded is None or loaded.tokenizer is None):
         raise InputError("the model has no tokenizer beside it; name one with --tokenizer")
-    return tokenizers.load(name if name is not None else loaded.tokenizer)
+    if name is None:
+        return tokenizers.load(loaded.tokenizer)
+    return tokenizers.load(name if name in TOKENIZER.known else locate(name, TOKENIZER_FILES))
 
 
 # ------------------------------------------------------------------------------------- convert
 
 
+weights_dtype = click.Choice(["float32", "bfloat16", "float16"])
+
+
 @convert_group.command("import")
-@click.argument("hf_dir", type=PATH)
+@click.argument("hf_dir", type=MODEL)
 @out_option
+@click.option("--dtype", type=weights_dtype, default="float32", help="of the weights on disk")
+@click.option("--trim-vocab", is_flag=True,
+              help="cut off rows of the embedding beyond config.json's vocabulary")  # fmt: skip
 def convert_import(**opts: Any) -> None:
-    """Read a Hugging Face folder into a model folder (Orbax, float32)."""
+    """Read a Hugging Face folder into a model folder."""
     import tokenizers
-    from core.checkpoint import save_model
+    from core.checkpoint import has_tokenizer, save_model
+    from core.convert import open_hf, parameters
+    from core.hub import locate
 
     with producing("convert import", opts) as folder:
         if folder is not None:
-            loaded = load_model(opts["hf_dir"])
-            tokenizer = None if loaded.tokenizer is None else tokenizers.load(loaded.tokenizer)
-            save_model(folder, loaded.config, loaded.params, tokenizer)
-            show(opts["out"], {"family": loaded.config.family, "model": loaded.fingerprint})
+            source = open_hf(locate(opts["hf_dir"]), opts["trim_vocab"])
+            found = has_tokenizer(source.folder)
+            tokenizer = tokenizers.load(source.folder) if found else None
+            params = parameters(source, opts["dtype"])
+            mark = save_model(folder, source.config, params, tokenizer)
+            show(opts["out"], {"family": source.config.family, "model": mark,
+                               "trimmed_rows": source.padding})  # fmt: skip
 
 
 @convert_group.command("export")
-@click.argument("model_dir", type=PATH)
+@click.argument("model_dir", type=MODEL)
+@adapter_option
 @out_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--dtype", type=weights_dtype, default="float32")
+@click.option("--shard-size", type=Finite(0, min_open=True), default=5.0,
+              help="GB of weights in a file at most")  # fmt: skip
 def convert_export(**opts: Any) -> None:
-    """Write a Hugging Face folder, and check it against our own forward before it appears."""
-    from core.convert import export_hf
+    """Write a Hugging Face folder; it appears only if it passes `convert check`.
+
+    An adapter is merged into the weights; as it is, it is a PEFT folder already.
+    """
+    import tokenizers
+    from core.adapter import merge
+    from core.gate import export_hf
 
     with producing("convert export", opts) as folder:
         if folder is not None:
-            loaded = load_model(opts["model_dir"])
+            loaded = load_model(opts["model_dir"], opts["adapter"], opts["dtype"])
+            params = loaded.params
+            if loaded.adapter:
+                params = merge(loaded.config, params, loaded.adapter)
             agreement = export_hf(
-                loaded.config, loaded.params, folder, loaded.tokenizer, opts["dtype"]
-            )
-            show(opts["out"], {"logits_error": agreement.error, "tokens": agreement.tokens})
+                loaded.config, params, folder, loaded.tokenizer, opts["dtype"],
+                opts["shard_size"] * 1e9, tokenizers.load,
+            )  # fmt: skip
+            show(opts["out"], agreement._asdict())
+
+
+@convert_group.command("check")
+@click.argument("hf_dir", type=MODEL)
+@click.option("--tokens", type=POSITIVE, help="of each sequence; default: 256, or past the window")
+def convert_check(hf_dir: Path, tokens: int | None) -> None:
+    """Compare what our model and a second implementation make of a Hugging Face folder."""
+    import tokenizers
+    from core.checkpoint import has_tokenizer
+    from core.gate import check_hf
+    from core.hub import locate
+
+    folder = locate(hf_dir)
+    tokenizer = tokenizers.load(folder) if has_tokenizer(folder) else None
+    show(folder, check_hf(folder, tokenizer, tokens)._asdict())
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -161,13 +210,15 @@ def convert_export(**opts: Any) -> None:
 
 @data_group.command("text")
 @click.argument("files", type=PATH, nargs=-1, required=True)
-@click.option("--tokenizer", type=TokenizerName(), required=True,
-              help="a name (bytes, gpt2), or a folder or file")  # fmt: skip
+@click.option("--tokenizer", type=TOKENIZER, required=True,
+              help="a name (bytes, gpt2, gpt2-mul), or a folder or file")  # fmt: skip
 @click.option("--length", type=POSITIVE, default=1024, help="tokens of a row")
 @click.option("--pack", type=click.Choice(["concat", "document"]), default="concat",
               help="cut joined documents, or a row each")  # fmt: skip
 @click.option("--split", type=click.Choice(["file", "blank"]), default="file",
               help="what a document of a .txt file is")  # fmt: skip
+@click.option("--inject-facts", is_flag=True,
+              help="write products of two digits as the tokens of gpt2-mul")  # fmt: skip
 @out_option
 def data_text(**opts: Any) -> None:
     """Tokenise .txt, .jsonl or .parquet files into rows; every token is supervised."""
@@ -177,16 +228,45 @@ def data_text(**opts: Any) -> None:
     with producing("data text", opts) as folder:
         if folder is not None:
             info = build_text_rows(
-                opts["files"], tokenizer, opts["length"], folder, opts["pack"], opts["split"]
-            )
-            show(opts["out"], info, "rows", "tokens", "documents", "empty_documents",
+                opts["files"], tokenizer, opts["length"], folder, opts["pack"], opts["split"],
+                opts["inject_facts"],
+            )  # fmt: skip
+            show(opts["out"], info, "rows", "tokens", "documents", "facts", "empty_documents",
                  "long_documents", "dropped_tokens")  # fmt: skip
+
+
+@data_group.command("chat")
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("--tokenizer", type=TOKENIZER, required=True,
+              help="a name (bytes, gpt2, gpt2-mul), or a folder or file")  # fmt: skip
+@click.option("--template", help="gemma, gemma2, tulu or chatml; default: the tokenizer's own")
+@click.option("--length", type=POSITIVE, default=1024, help="most tokens of a row")
+@click.option("--messages-field", default="messages", help="of a record, with all its messages")
+@click.option("--prompt-field", help="with the one user message; needs --answer-field")
+@click.option("--answer-field", help="with the one assistant message")
+@click.option("--train-newline", is_flag=True, help="also train the newline after an answer's end")
+@click.option("--drop-malformed", is_flag=True, help="leave out and count what cannot be rendered")
+@out_option
+def data_chat(**opts: Any) -> None:
+    """Turn conversations into rows; only what the assistant says is supervised."""
+    from training.data.chat import Fields, build_chat_rows
+
+    tokenizer = load_tokenizer(opts["tokenizer"])
+    with producing("data chat", opts) as folder:
+        if folder is not None:
+            fields = Fields(opts["messages_field"], opts["prompt_field"], opts["answer_field"])
+            info = build_chat_rows(
+                opts["files"], tokenizer, opts["length"], folder, opts["template"], fields,
+                opts["train_newline"], opts["drop_malformed"],
+            )  # fmt: skip
+            show(opts["out"], info, "rows", "tokens", "trained_share", "truncated",
+                 "dropped_untrained", "dropped_unaligned", "dropped_malformed")  # fmt: skip
 
 
 @data_group.command("query")
 @click.argument("items", type=PATH)
-@click.option("--tokenizer", type=TokenizerName(), required=True,
-              help="a name (bytes, gpt2), or a folder or file")  # fmt: skip
+@click.option("--tokenizer", type=TOKENIZER, required=True,
+              help="a name (bytes, gpt2, gpt2-mul), or a folder or file")  # fmt: skip
 @click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
 @click.option("--add-eos", is_flag=True, help="also supervise an end-of-text token")
 @out_option
@@ -225,9 +305,10 @@ def data_demo(**opts: Any) -> None:
 
 
 @train_group.command("lm")
-@click.option("--model", type=PATH, help="continue this model")
+@click.option("--model", type=MODEL, help="continue this model, or its adapter if it has one")
+@adapter_option
 @click.option("--config", "config_file", type=PATH, help="start from this architecture (JSON)")
-@click.option("--tokenizer", type=TokenizerName(), help="default: the model's own")
+@click.option("--tokenizer", type=TOKENIZER, help="default: the model's own")
 @click.option("--rows", type=PATH, required=True)
 @click.option("--val-rows", type=PATH, help="rows for the validation loss")
 @out_option
@@ -248,6 +329,15 @@ def data_demo(**opts: Any) -> None:
 @click.option("--save-every", type=POSITIVE, default=500, help="steps")
 @click.option("--eval-every", type=POSITIVE, default=250, help="steps")
 @click.option("--keep", type=POSITIVE, default=2, help="checkpoints")
+@click.option("--lora-rank", type=POSITIVE, help="train an adapter of this rank, no weights")
+@click.option("--lora-alpha", type=Finite(0, min_open=True), help="default: twice the rank")
+@click.option("--lora-dropout", type=Finite(0, 1, max_open=True), help="default: 0")
+@click.option(
+    "--lora-targets",
+    help="ends of module names (q_proj,v_proj), or a regular "
+    "expression for whole names, or all-linear; default: the attention's projections",
+)
+@click.option("--lora-rslora", is_flag=True, help="scale by alpha / sqrt(rank), not alpha / rank")
 @click.option("--model-parallel", type=POSITIVE, default=1, help="devices to split weights over")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto",
               help="go on with the run in --out, or begin anew")  # fmt: skip
@@ -257,18 +347,20 @@ def train_lm(**opts: Any) -> None:
     import jax
 
     from core import families, schema
-    from core.config import read_config
     from core.errors import InputError
+    from core.families import read_config
     from core.rows import load_rows
     from training.loop import Settings, train
     from training.optim import Optim
 
     if (opts["model"] is None) == (opts["config_file"] is None):
         raise InputError("give either --model (continue) or --config (start from scratch)")
+    if opts["model"] is None and (opts["adapter"] or opts["lora_rank"]):
+        raise InputError("an adapter needs the weights of a model beneath it; give --model")
     with running("train lm", opts) as run:
         if run is None:
             return
-        loaded = load_model(opts["model"]) if opts["model"] else None
+        loaded = load_model(opts["model"], opts["adapter"]) if opts["model"] else None
         config = loaded.config if loaded else read_config(opts["config_file"])
         needs_tokenizer = opts["tokenizer"] or (loaded and loaded.tokenizer)
         tokenizer = load_tokenizer(opts["tokenizer"], loaded) if needs_tokenizer else None
@@ -285,6 +377,7 @@ def train_lm(**opts: Any) -> None:
         )  # fmt: skip
         settings.check(jax.device_count())
         optim.check(steps)
+        adapter = trained_adapter(opts, loaded)
         run.inputs(
             rows=rows.sha,
             validation=validation and validation.sha,
@@ -296,10 +389,39 @@ def train_lm(**opts: Any) -> None:
         else:
             params = schema.init(families.rows(config), config.layers, opts["seed"])
         summary = train(
-            run, config, params, rows, settings, optim, execution(opts), tokenizer, validation
-        )
+            run, config, params, rows, settings, optim, execution(opts), tokenizer, validation,
+            adapter,
+        )  # fmt: skip
         run.finish(**summary)
         show(run.path, summary)
+
+
+def trained_adapter(opts: dict[str, Any], loaded: Any) -> Any:
+    """What `train lm` starts from: a new adapter or the model's, None to train all weights."""
+    import dataclasses
+
+    from core import adapter
+    from core.errors import InputError
+
+    names = ("rank", "alpha", "targets", "rslora")
+    given = [f"--lora-{name}" for name in names if opts[f"lora_{name}"]]
+    held, rate = loaded and loaded.adapter, opts["lora_dropout"]
+    if held:
+        if given:
+            raise InputError(f"the model has an adapter, which goes on as it is; leave {given[0]} "
+                             "out, or give the base model for --model")  # fmt: skip
+        rate = held.spec.dropout if rate is None else rate
+        return held._replace(spec=dataclasses.replace(held.spec, dropout=rate))
+    rank, config = opts["lora_rank"], loaded and loaded.config
+    if rank is None:
+        if given or rate is not None:
+            raise InputError(f"{(*given, '--lora-dropout')[0]} needs --lora-rank")
+        return None
+    text, alpha = opts["lora_targets"], opts["lora_alpha"] or 2 * rank
+    targets = adapter.parse_targets(text) if text else adapter.attention_targets(config)
+    spec = adapter.LoraSpec(rank, alpha, targets, rate or 0.0, opts["lora_rslora"])
+    factors = adapter.init(spec, config, opts["seed"])
+    return adapter.Adapter(spec, factors, loaded.fingerprint, str(opts["model"]))
 
 
 # ---------------------------------------------------------------------------------------- eval
@@ -317,7 +439,7 @@ def eval_nll(**opts: Any) -> None:
 
     with producing("eval nll", opts, file=True) as file:
         if file is not None:
-            loaded = load_model(opts["model"])
+            loaded = load_model(opts["model"], opts["adapter"])
             rows = load_rows(opts["rows"], loaded)
             tokenizer = load_tokenizer(None, loaded) if loaded.tokenizer else None
             summary = run_nll(loaded, rows, file, execution(opts), opts["batch_tokens"], tokenizer)
@@ -327,7 +449,7 @@ def eval_nll(**opts: Any) -> None:
 @eval_group.command("run")
 @model_option
 @click.option("--items", type=PATH, required=True, help="multiple-choice items, JSON lines")
-@click.option("--tokenizer", type=TokenizerName(), help="default: the model's own")
+@click.option("--tokenizer", type=TOKENIZER, help="default: the model's own")
 @out_option
 @batch_tokens_option
 @execution_options
@@ -338,7 +460,7 @@ def eval_run(**opts: Any) -> None:
 
     with producing("eval run", opts) as folder:
         if folder is not None:
-            loaded = load_model(opts["model"])
+            loaded = load_model(opts["model"], opts["adapter"])
             tokenizer = load_tokenizer(opts["tokenizer"], loaded)
             items = read_items(opts["items"])
             results = run_eval(
@@ -351,15 +473,19 @@ def eval_run(**opts: Any) -> None:
 # ----------------------------------------------------------------------------------- attribute
 
 
-def gradient_spec(opts: dict[str, Any], row_norm: bool = False) -> Any:
+def gradient_spec(opts: dict[str, Any], loaded: Any, row_norm: bool = False) -> Any:
     from attribution.gradients import Spec
     from attribution.projection import Projection
+    from core.errors import InputError
 
     scale = "row_norm" if row_norm else "jl"
     projection = Projection(
         opts["projection_dim"], opts["projection"], scale, opts["projection_seed"]
     )
-    return Spec(projection, opts["include_bias"], opts["loss"])
+    if opts["gradients"] == "adapter" and not loaded.adapter:
+        raise InputError("--gradients adapter needs a model with an adapter; give --adapter")
+    lora = loaded.adapter.spec if loaded.adapter and opts["gradients"] != "weight" else None
+    return Spec(projection, opts["include_bias"], opts["loss"], lora)
 
 
 @attribute_group.command("build")
@@ -376,9 +502,11 @@ def attribute_build(**opts: Any) -> None:
     with running("attribute build", opts) as run:
         if run is None:
             return
-        loaded = load_model(opts["model"])
+        loaded = load_model(opts["model"], opts["adapter"])
         rows = load_rows(opts["rows"], loaded)
-        source = Pass(loaded, rows, gradient_spec(opts), execution(opts), opts["batch_tokens"])
+        source = Pass(
+            loaded, rows, gradient_spec(opts, loaded), execution(opts), opts["batch_tokens"]
+        )
         info = build(run, source)
         run.finish(rows=info["rows_count"])
         shares = {f"share_of_{name}": share for name, share in info["coverage"].items()}
@@ -414,7 +542,8 @@ def attribute_score(**opts: Any) -> None:
     with running("attribute score", opts) as run:
         if run is None:
             return
-        loaded, spec = load_model(opts["model"]), gradient_spec(opts, row_norm=notes)
+        loaded = load_model(opts["model"], opts["adapter"])
+        spec = gradient_spec(opts, loaded, row_norm=notes)
         settings = Settings(
             opts["mode"], opts["precondition"], opts["damping"], opts["unit_norm"],
             opts["convention"],
@@ -458,6 +587,75 @@ def attribute_select(**opts: Any) -> None:
             show(opts["out"], selection, "strategy", "k", "seed", "rows", "trained_tokens")
 
 
+# ------------------------------------------------------------------------------------ generate
+
+
+@cli.command("generate")
+@model_option
+@click.option("--tokenizer", type=TOKENIZER, help="default: the model's own")
+@click.option("--prompt", "prompt", multiple=True, help="a text to continue; may be repeated")
+@click.option("--prompts", type=PATH, help=".txt, one a line, or .jsonl with prompt or messages")
+@click.option("--max-new-tokens", type=POSITIVE, default=128)
+@click.option("--temperature", type=Finite(0), default=0.0, help="0 = the likeliest token")
+@click.option("--top-k", type=NATURAL, default=0, help="only the k likeliest tokens; 0 = off")
+@click.option("--top-p", type=Finite(0, 1, min_open=True), default=1.0,
+              help="only the likeliest tokens of this probability together; 1 = off")  # fmt: skip
+@click.option("--stop", multiple=True, help="text that ends a completion; may be repeated")
+@click.option("--stop-id", type=NATURAL, multiple=True,
+              help="token that ends a completion, beside the model's own")  # fmt: skip
+@click.option("--seed", type=SEED, default=0, help="of the sampling")
+@click.option("--batch", type=POSITIVE, default=8, help="prompts at a time")
+@click.option("--chat", help="template to write prompts as conversations with; auto = the "
+              "tokenizer's own")  # fmt: skip
+@click.option("--system", help="system message of every conversation")
+@click.option("--truncate", type=click.Choice(["none", "left"]), default="none",
+              help="of a prompt that is too long, refuse it or keep its end")  # fmt: skip
+@click.option("--out", type=PATH, help="folder for completions.jsonl; default: print them")
+@execution_options
+def generate_command(**opts: Any) -> None:
+    """Continue prompts; with --out into a folder, by a run that can be resumed."""
+    from core.errors import InputError
+    from core.generate import Sampling
+    from evals import generation as g
+    from tokenizers.templates import template
+
+    if bool(opts["prompt"]) == bool(opts["prompts"]):
+        raise InputError("give either --prompt TEXT, once or more, or --prompts FILE")
+    with running("generate", opts) if opts["out"] else contextlib.nullcontext() as run:
+        if opts["out"] and run is None:
+            return
+        asked = [g.Asked(text, f"prompt {n}") for n, text in enumerate(opts["prompt"], 1)]
+        asked = asked or g.read_asked(opts["prompts"])
+        loaded = load_model(opts["model"], opts["adapter"])
+        tokenizer = load_tokenizer(opts["tokenizer"], loaded)
+        named = None if opts["chat"] == "auto" else opts["chat"]
+        chat = template(tokenizer, named) if opts["chat"] else None
+        ids, strings = g.end_of_turn(tokenizer, chat) if chat else ((), ())
+        settings = g.Settings(
+            opts["max_new_tokens"],
+            Sampling(opts["temperature"], opts["top_k"], opts["top_p"]),
+            opts["seed"],
+            (*g.default_stops(loaded, tokenizer), *ids, *opts["stop_id"]),
+            (*strings, *opts["stop"]),
+            opts["batch"],
+        )
+        prompts = g.prepare(
+            loaded, tokenizer, asked, settings.new_tokens, chat, opts["system"],
+            opts["truncate"] == "left",
+        )  # fmt: skip
+        settings.check(loaded)
+        how = (settings, execution(opts))
+        if run is None:
+            texts = g.complete_all(loaded, tokenizer, prompts, *how)
+            click.echo(texts[0].text if len(texts) == 1 else g.show(texts))
+            return
+        run.inputs(model=loaded.fingerprint, tokenizer=tokenizer.fingerprint,
+                   prompts=g.fingerprint(prompts))  # fmt: skip
+        summary = g.run_generation(loaded, tokenizer, prompts, run.path, *how)
+        run.finish(**summary)
+        show(run.path, summary)
+
+
 # ------------------------------------------------------------------------- report, bench, demo
 
 
@@ -480,8 +678,14 @@ def report(source: Path, out: Path | None) -> None:
     click.echo(tidy(f"{target / 'report.html'}"))
 
 
+preset_option = click.option(
+    "--preset", type=click.Choice(["tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"]),
+    default="tiny", help="size of the model; its weights are random",
+)  # fmt: skip
+
+
 @bench_group.command("attribution")
-@click.option("--preset", type=click.Choice(["tiny", "gpt2-124m"]), default="tiny")
+@preset_option
 @click.option("--batch", type=POSITIVE, default=8, help="rows")
 @click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
 @click.option("--projection-dim", type=POSITIVE, default=16, help="P of the P x P projection")
@@ -499,6 +703,47 @@ def bench_attribution(**opts: Any) -> None:
         result = bench(
             opts["preset"], opts["batch"], opts["length"], opts["projection_dim"], opts["repeats"],
             opts["naive"], opts["parts"], execution(opts),
+        )  # fmt: skip
+        if file is not None:
+            file.write(f"{dumps(result, indent=2)}\n".encode())
+    click.echo(table(result))
+
+
+@bench_group.command("tokenizer")
+@click.option("--tokenizer", type=TOKENIZER, default="bytes",
+              help="a name, or a folder or file")  # fmt: skip
+@click.option("--text", type=PATH, help="a UTF-8 file; default: a sample made on the spot")
+@click.option("--repeats", type=POSITIVE, default=5, help="of which the best")
+@click.option("--out", type=PATH, help="a .json file for the result")
+def bench_tokenizer(**opts: Any) -> None:
+    """Time a tokenizer on documents of 4 kB, both ways, and its loading."""
+    from core.files import atomic, dumps
+    from tokenizers.bench import bench, table
+
+    with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
+        result = bench(opts["tokenizer"], opts["text"], opts["repeats"])
+        if file is not None:
+            file.write(f"{dumps(result, indent=2)}\n".encode())
+    click.echo(table(result))
+
+
+@bench_group.command("generate")
+@preset_option
+@click.option("--batch", type=POSITIVE, default=8, help="rows")
+@click.option("--prompt-length", type=POSITIVE, default=128, help="tokens of a prompt")
+@click.option("--new-tokens", type=POSITIVE, default=33, help="rounded up to 1 + whole calls")
+@click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
+@click.option("--out", type=PATH, help="a .json file for the result")
+@execution_options
+def bench_generate(**opts: Any) -> None:
+    """Time prefill and decoding against reading all weights once and against no cache."""
+    from core.files import atomic, dumps
+    from evals.bench import bench, table
+
+    with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
+        result = bench(
+            opts["preset"], opts["batch"], opts["prompt_length"], opts["new_tokens"],
+            opts["repeats"], execution(opts),
         )  # fmt: skip
         if file is not None:
             file.write(f"{dumps(result, indent=2)}\n".encode())

@@ -24,11 +24,7 @@ from core.attention import causal_attention
 from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.layers import activation, layer_norm
-
-PRESETS = {
-    "tiny": ModelConfig("gpt2", 5000, 1024, 256, 4, 4, 1024, 64),
-    "gpt2-124m": ModelConfig("gpt2", 50257, 1024, 768, 12, 12, 3072, 64),
-}
+from core.presets import PRESETS
 
 
 def bench(
@@ -109,7 +105,9 @@ def _programs(
         return jax.value_and_grad(loss)(params, ids_BT, weights_BT)
 
     def projected(params: schema.Params, aux: Any, ids_BT: jax.Array) -> Any:
-        return gradients.example_gradients(config, execution, spec, params, aux, ids_BT, ids_BT)
+        return gradients.example_gradients(
+            config, execution, spec, {"params": params}, aux, ids_BT, ids_BT
+        )
 
     def vmap_grad(params: schema.Params, aux: Any, ids_BT: jax.Array) -> Any:
         def one(blocks: Any, ids_T: jax.Array) -> jax.Array:
@@ -119,7 +117,7 @@ def _programs(
         out = {}
         for site in gradients.sites(config):
             w_BLIO = schema.get({"blocks": grads}, f"{site.path}/w")
-            left_LOP, right_LIP = aux[site.path]
+            left_LOP, right_LIP = aux[f"{site.path}/weight"]
             out[site.path] = jnp.einsum("BLIO,LOP,LIQ->BLPQ", w_BLIO, left_LOP, right_LIP)
         return out
 

@@ -4,9 +4,11 @@ Dims: B examples, T tokens, L layers, P projected, D features of an example.
 
 Differentiating the summed loss with respect to the sinks alone gives every example's gradient
 statistic. An example's features are its sites' gradients, flattened row-major and concatenated in
-the model's module order (layer by layer).
+the model's module order (layer by layer). The sites are the linear maps of the blocks, or the two
+factors of each map that has an adapter.
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -16,24 +18,32 @@ import numpy as np
 
 from attribution import rules
 from attribution.projection import VERSION, Projection, pair
+from core import adapter as adapters
 from core import families, model, schema
+from core.adapter import LoraSpec
 from core.config import Execution, ModelConfig
 from core.errors import InputError
+from core.files import jsonable
 from core.linear import Rule, Sink
 
 Aux = dict[str, Any]
 
 
 class Spec(NamedTuple):
-    """What is collected. loss: an example's loss is the `sum` or `mean` of its token losses."""
+    """What is collected. loss: an example's loss is the `sum` or `mean` of its token losses.
+
+    adapter: collect the gradients of an adapter's factors instead of the weights'.
+    """
 
     projection: Projection = Projection()
     include_bias: bool = False
     loss: Literal["sum", "mean"] = "sum"
+    adapter: LoraSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
         projection = {**self.projection._asdict(), "version": VERSION}
-        return {**self._asdict(), "projection": projection}
+        lora = self.adapter and jsonable(dataclasses.asdict(self.adapter))
+        return {**self._asdict(), "projection": projection, "adapter": lora}
 
 
 class Feature(NamedTuple):
@@ -44,20 +54,48 @@ class Feature(NamedTuple):
     shape: tuple[int, int]
 
 
+class Target(NamedTuple):
+    """A matrix whose gradient is caught: its place in the `sinks` collection, its name and size."""
+
+    sink: str
+    site: schema.Site
+    layers: tuple[bool, ...]
+
+
 def sites(config: ModelConfig) -> list[schema.Site]:
     return schema.sites(families.rows(config))
 
 
+def targets(config: ModelConfig, spec: Spec) -> list[Target]:
+    """What is collected, in module order; a factor is named as PEFT names it, and has no bias."""
+    if spec.adapter is None:
+        every = (True,) * config.layers
+        return [Target(f"{site.path}/weight", site, every) for site in sites(config)]
+    found = []
+    for site, layers in adapters.hits(spec.adapter, config):
+        sizes = {"a": (site.inputs, spec.adapter.rank), "b": (spec.adapter.rank, site.outputs)}
+        for factor, (inputs, outputs) in sizes.items():
+            name = f"{site.name}.lora_{factor.upper()}"
+            matrix = schema.Site(f"{site.path}/{factor}", name, inputs, outputs, bias=False)
+            found.append(Target(f"{site.path}/lora_{factor}", matrix, layers))
+    return found
+
+
 def features(config: ModelConfig, spec: Spec) -> list[Feature]:
     """The layout of an example's features, in module order."""
-    layout, offset, p = [], 0, spec.projection.dim
+    layout, offset = [], 0
     for layer in range(config.layers):
-        for site in sites(config):
-            inputs = site.inputs + (spec.include_bias and site.bias)
-            shape = (p, p) if p else (site.outputs, inputs)
-            layout.append(Feature(site.name.format(l=layer), offset, shape))
-            offset += shape[0] * shape[1]
+        for target in targets(config, spec):
+            if target.layers[layer]:
+                shape = _shape(spec, target.site)
+                layout.append(Feature(target.site.name.format(l=layer), offset, shape))
+                offset += shape[0] * shape[1]
     return layout
+
+
+def _shape(spec: Spec, site: schema.Site) -> tuple[int, int]:
+    p = spec.projection.dim
+    return (p, p) if p else (site.outputs, site.inputs + (spec.include_bias and site.bias))
 
 
 def width(config: ModelConfig, spec: Spec) -> int:
@@ -66,14 +104,17 @@ def width(config: ModelConfig, spec: Spec) -> int:
     return last.offset + last.shape[0] * last.shape[1]
 
 
-def coverage(config: ModelConfig) -> dict[str, float]:
+def coverage(config: ModelConfig, spec: Spec) -> dict[str, float]:
     """Share of the parameters, and of a token's matmul FLOPs, that the sites stand for."""
-    covered = config.layers * sum(s.inputs * s.outputs for s in sites(config))
+    covered = sum(sum(t.layers) * t.site.inputs * t.site.outputs for t in targets(config, spec))
     rows = families.rows(config)
     total = sum(size_of(schema.full_shape(row, config.layers)) for row in rows)
+    matmul = config.layers * sum(s.inputs * s.outputs for s in sites(config))
+    matmul += config.vocab_size * config.width
+    added = covered if spec.adapter else 0
     return {
-        "parameters": covered / total,
-        "matmul_flops": covered / (covered + config.vocab_size * config.width),
+        "parameters": covered / (total + added),
+        "matmul_flops": covered / (matmul + added),
     }
 
 
@@ -82,28 +123,21 @@ def size_of(shape: tuple[int, ...]) -> int:
 
 
 def projections(config: ModelConfig, spec: Spec) -> Aux:
-    """The projection matrices of every site by path; empty when unprojected."""
+    """The projection matrices of every site by its sink; empty when unprojected."""
     if spec.projection.dim < 0:
         raise InputError(f"--projection-dim must not be negative, got {spec.projection.dim}")
     if spec.projection.dim == 0:
         return {}
     return {
-        site.path: pair(spec.projection, site, config.layers, spec.include_bias)
-        for site in sites(config)
+        target.sink: pair(spec.projection, target.site, config.layers, spec.include_bias)
+        for target in targets(config, spec)
     }
-
-
-def _sinks(config: ModelConfig, rule: Rule, aux: Aux, outs: Aux) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for site in sites(config):
-        schema.put(tree, f"{site.path}/weight", Sink(rule, aux.get(site.path), outs[site.path]))
-    return tree
 
 
 def catch(
     config: ModelConfig,
     execution: Execution,
-    params: schema.Params,
+    variables: model.Variables,
     rule: Rule,
     aux: Aux,
     outs: Aux,
@@ -111,14 +145,18 @@ def catch(
     labels_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[Aux, jax.Array]:
-    """Run one backward pass into sinks: (statistics by site path, token losses [B,T]).
+    """Run one backward pass into sinks: (statistics by sink, token losses [B,T]).
 
-    outs: zeros in the shape of each site's statistic, with a leading layer axis.
+    outs: zeros in the shape of each sink's statistic, with a leading layer axis; aux: likewise, or
+    nothing for a rule that needs none.
     """
 
     def loss(outs: Aux) -> tuple[jax.Array, jax.Array]:
-        variables = {"params": params, "sinks": _sinks(config, rule, aux, outs)}
-        return model.weighted_loss(config, execution, variables, ids_BT, labels_BT, weights_BT)
+        sinks: Aux = {}
+        for place, out in outs.items():
+            schema.put(sinks, place, Sink(rule, aux.get(place), out))
+        caught = {**variables, "sinks": sinks}
+        return model.weighted_loss(config, execution, caught, ids_BT, labels_BT, weights_BT)
 
     return jax.grad(loss, has_aux=True)(outs)
 
@@ -136,7 +174,7 @@ def example_gradients(
     config: ModelConfig,
     execution: Execution,
     spec: Spec,
-    params: schema.Params,
+    variables: model.Variables,
     aux: Aux,
     ids_BT: jax.Array,
     labels_BT: jax.Array,
@@ -145,15 +183,20 @@ def example_gradients(
 
     aux: from `projections`. A padding row (all labels -100) has zero features.
     """
-    b, layers = ids_BT.shape[0], config.layers
-    wide = np.promote_types(params["embed"]["wte"].dtype, jnp.float32)
-    rule = rules.Project() if spec.projection.dim else rules.Full(spec.include_bias)
-    layout = zip(sites(config), features(config, spec), strict=False)  # the first layer's share
-    outs = {site.path: jnp.zeros((layers, b, *f.shape), wide) for site, f in layout}
+    b, layers, found = ids_BT.shape[0], config.layers, targets(config, spec)
+    wide = np.promote_types(variables["params"]["embed"]["wte"].dtype, jnp.float32)
+    bias = spec.include_bias and any(t.site.bias for t in found)  # all of a family's sites, or none
+    rule = rules.Project() if spec.projection.dim else rules.Full(bias)
+    outs = {t.sink: jnp.zeros((layers, b, *_shape(spec, t.site)), wide) for t in found}
     weights_BT = example_weights(labels_BT, spec.loss, wide)
     with jax.default_matmul_precision("highest"):  # no TF32: neighbours differ in the third digit
         caught, nll_BT = catch(
-            config, execution, params, rule, aux, outs, ids_BT, labels_BT, weights_BT
+            config, execution, variables, rule, aux, outs, ids_BT, labels_BT, weights_BT
         )
-    parts = [caught[s.path].reshape(layers, b, -1).swapaxes(0, 1) for s in sites(config)]
-    return jnp.concatenate(parts, axis=-1).reshape(b, -1), nll_BT.sum(1)
+    parts = [caught[t.sink].reshape(layers, b, -1).swapaxes(0, 1) for t in found]
+    features_BD = jnp.concatenate(parts, axis=-1).reshape(b, -1)
+    if not all(all(t.layers) for t in found):  # some layers have no adapter
+        hit = [t.layers[layer] for layer in range(layers) for t in found]
+        sizes = [size_of(_shape(spec, t.site)) for t in found]
+        features_BD = features_BD[:, np.flatnonzero(np.repeat(hit, sizes * layers))]
+    return features_BD, nll_BT.sum(1)

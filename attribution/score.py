@@ -215,7 +215,7 @@ def score(
         "settings": dataclasses.asdict(settings),
         "formula": FORMULAS[settings.convention, settings.unit_norm],
         "spec": spec.to_json(),
-        "coverage": gradients.coverage(config),
+        "coverage": gradients.coverage(config, spec),
         "queries": n_query,
         "tokenizer": query.loaded.tokenizer and str(query.loaded.tokenizer),
         "pool": {"path": str(pool_rows.path), **pool.hashes},

@@ -46,12 +46,12 @@ class Pass:
         self.plan = Plan(rows, batch_tokens, jax.device_count())
         everywhere = replicated(make_mesh())
         self.aux = jax.device_put(gradients.projections(loaded.config, spec), everywhere)
-        self._params = jax.device_put(loaded.params, everywhere)
+        self._variables = jax.device_put(loaded.variables, everywhere)
         self._place = placer()
 
     def compute(self, batch: Batch) -> Features:
         features_BD, losses_B = gradients.example_gradients(
-            self.loaded.config, self.execution, self.spec, self._params, self.aux,
+            self.loaded.config, self.execution, self.spec, self._variables, self.aux,
             *self._place(batch),
         )  # fmt: skip
         return Features(batch.rows_B, features_BD, losses_B)
@@ -156,7 +156,7 @@ def build(run: Run, source: Pass) -> dict[str, Any]:
         "dtype": "float32",
         "spec": source.spec.to_json(),
         "sites": [f._asdict() for f in gradients.features(config, source.spec)],
-        "coverage": gradients.coverage(config),
+        "coverage": gradients.coverage(config, source.spec),
         "rows_path": str(source.rows.path),
         **source.hashes,
     }

@@ -36,13 +36,28 @@ class Finite(click.FloatRange):
 POSITIVE, NATURAL, SEED = Whole(1), Whole(0), Whole(0, 2**32 - 1)
 
 
-class TokenizerName(click.ParamType):
-    """A tokenizer's name as it is; anything else is a path, made absolute."""
+class HubName(click.ParamType):
+    """A name on the Hugging Face Hub as it is; anything else is a path, made absolute."""
+
+    name = "path or hub name"
+    known: tuple[str, ...] = ()  # further names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from core.hub import is_name
+
+        if value in self.known or is_name(str(value)):
+            return value
+        return Path(value).resolve()
+
+
+class TokenizerName(HubName):
+    """The same for tokenizers, some of which have names of their own."""
 
     name = "name or path"
+    known = ("bytes", "gpt2", "gpt2-mul")
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return value if value in ("bytes", "gpt2") else str(Path(value).resolve())
+
+MODEL, TOKENIZER = HubName(), TokenizerName()
 
 
 def tidy(text: str) -> str:

@@ -2,38 +2,34 @@
 
 A row of `families.rows` names its tensors in the file and their layout, so both directions are one
 map between our stacked tree and the file's flat names. Import is strict: a tensor that is unknown,
-missing, given twice, of another shape or not finite is named and nothing is guessed. An export
-appears under its name only after the written folder was read back bit for bit and its logits were
-computed a second time by `core.reference`.
+missing, given twice, of another shape or not finite is named and nothing is guessed. Both ways walk
+mapped files in small blocks, so their memory is the result and one block. `core.gate` says whether
+a folder means what we think it means.
 """
 
 import dataclasses
 import fnmatch
-import functools
 import re
 import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import families, files, model, reference, safetensors
-from core.config import Execution, ModelConfig
+from core import families, files, safetensors
+from core.config import ModelConfig
 from core.errors import InputError
-from core.schema import Params, Row, check, full_shape, get, put
+from core.schema import Params, Row, full_shape, get, put
 
 FLOATS = ("float32", "bfloat16", "float16")
-# The gate compares at most this many logits (256 MiB), which is GPT-2's whole context.
-GATE_LOGITS = 2**26
-# Relative to the largest logit; float32 implementations differ by about 1e-6.
-GATE_TOLERANCE = 1e-4
-GATE_TIE = 1e-5
+SHARD_BYTES = 5e9  # transformers' own limit
+# A config that asks for more is damaged; everything below counts layers.
+MAX_LAYERS = 10_000
 _NOT_TOKENIZER = (
     "config.json", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack",
-    "*.onnx", "*.gguf",
+    "*.onnx", "*.gguf", "adapter_config.json",
 )  # fmt: skip
 
 
@@ -55,11 +51,16 @@ class Slot(NamedTuple):
         return array.T if self.row.transpose else array
 
 
-class Agreement(NamedTuple):
-    """Our logits against the reference's: max |difference| / max |logit| over `tokens` places."""
+class Source(NamedTuple):
+    """A Hugging Face folder whose files agree: its tensors, mapped, under the names of `slots`.
 
-    error: float
-    tokens: int
+    padding: rows that the file has beyond the vocabulary and that were cut off.
+    """
+
+    folder: Path
+    config: ModelConfig
+    tensors: safetensors.Tensors
+    padding: int = 0
 
 
 def slots(config: ModelConfig) -> dict[str, Slot]:
@@ -71,58 +72,91 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
     }
 
 
-def import_hf(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
-    """A Hugging Face folder's config and parameters: numpy arrays of `dtype`, stacked by layer.
+def open_hf(folder: Path, trim_vocab: bool = False) -> Source:
+    """A Hugging Face folder, single or sharded, checked name by name and shape by shape.
 
-    Names may carry or lack the family's prefix. Raises InputError naming the file, key or tensor
-    and the remedy for everything that does not fit. Peak memory is the result and one tensor.
+    Names may carry or lack the family's prefix. trim_vocab: cut off the rows of embedding and head
+    beyond config.json's vocabulary. Raises InputError naming the file, key or tensor and the
+    remedy for everything that does not fit.
     """
     folder = Path(folder)
-    _check_dtype(dtype)
     config, family = _read_config(folder)
     tensors = _by_slot(config, family, _read_tensors(folder), folder)
-    params: Params = {}
-    for row in families.rows(config):
-        put(params, row.path, np.empty(full_shape(row, config.layers), np.dtype(dtype)))
+    padding = 0
     for name, slot in slots(config).items():
-        _check_shape(folder, name, tensors[name], slot, config)
-        slot.view(params)[...] = _cast(folder, name, tensors[name], dtype)
-    return config, params
+        if trim_vocab and slot.row.axes[0] == "vocab" and tensors[name].ndim:
+            padding = max(padding, len(tensors[name]) - config.vocab_size)
+            tensors[name] = tensors[name][: config.vocab_size]
+        _check_tensor(folder, name, tensors[name], slot, config)
+    return Source(folder, config, tensors, padding)
 
 
-def export_hf(
+def parameters(source: Source, dtype: str = "float32") -> Params:
+    """The parameters of a folder: numpy arrays of `dtype`, stacked by layer, all finite."""
+    check_dtype(dtype)
+    params: Params = {}
+    for row in families.rows(source.config):
+        put(params, row.path, np.empty(full_shape(row, source.config.layers), np.dtype(dtype)))
+    for name, slot in slots(source.config).items():
+        target = slot.view(params)
+        for part, block in safetensors.blocks(source.tensors[name]):
+            target[part] = cast(source.folder, name, block, dtype)
+    return params
+
+
+def import_hf(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
+    """`open_hf` and `parameters` in one."""
+    check_dtype(dtype)
+    source = open_hf(folder)
+    return source.config, parameters(source, dtype)
+
+
+def write_hf(
+    folder: Path,
     config: ModelConfig,
     params: Params,
-    out: Path,
-    tokenizer_dir: Path | None = None,
     dtype: str = "float32",
-) -> Agreement:
-    """Write a Hugging Face folder that holds `params` cast to `dtype` and the tokenizer's files.
-
-    `out` comes to be only if the gate passes: the files, read back, hold the same bits, and their
-    logits agree with the reference's. Raises InputError for parameters that do not fit the config,
-    an `out` that holds something, and a failed gate, after which nothing is left behind.
-    """
-    out = Path(out)
-    _check_dtype(dtype)
-    check(families.rows(config), config.layers, params, "the model")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} exists; name another folder for the export or remove it")
-    with files.atomic_folder(out) as folder:
-        _write(folder, config, params, dtype)
-        if tokenizer_dir is not None:
-            _copy_tokenizer(Path(tokenizer_dir), folder)
-        try:
-            return _gate(folder, config, params, dtype)
-        except InputError as error:
-            message = str(error).replace(str(folder), str(out))
-            raise InputError(f"the export failed its check and was deleted: {message}") from error
+    shard_bytes: float = SHARD_BYTES,
+) -> None:
+    """Write `config.json` and the weights cast to `dtype`, one tensor at a time, unchecked."""
+    content = families.of(config).to_hf(config) | {"torch_dtype": dtype}
+    files.write_json(folder / "config.json", content)
+    tensors = {
+        name: safetensors.Lazy(
+            slot.shape,
+            dtype,
+            lambda name=name, slot=slot: cast("the model", name, slot.view(params), dtype),
+        )
+        for name, slot in slots(config).items()
+    }
+    safetensors.write_folder(folder, tensors, {"format": "pt"}, shard_bytes)
 
 
-def check_hf(folder: Path) -> Agreement:
-    """Import a folder and compare our logits with the reference's; InputError if they differ."""
-    config, params = import_hf(folder)
-    return _compare_logits(Path(folder), config, params)
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Every file as it is, except weights and config: `source` may be a whole model folder."""
+    if not source.is_dir():
+        raise InputError(f"tokenizer folder {source} does not exist")
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(fnmatch.fnmatch(path.name, p) for p in _NOT_TOKENIZER):
+            shutil.copyfile(path, folder / path.name)
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in FLOATS:
+        raise InputError(f"weights of dtype {dtype!r} are not supported; use one of {FLOATS}")
+
+
+def cast(where: Path | str, name: str, tensor: Any, dtype: str) -> np.ndarray:
+    """A tensor as numpy in `dtype`; InputError unless it is finite there."""
+    with np.errstate(over="ignore"):
+        array = np.asarray(tensor).astype(dtype, copy=False)
+    pieces = np.array_split(array, array.nbytes // safetensors.BLOCK + 1)
+    if not all(np.isfinite(piece).all() for piece in pieces):
+        raise InputError(
+            f"{where}: tensor {name!r} holds NaN or infinity as {dtype}; the model diverged, or "
+            "its values do not fit"
+        )
+    return array
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
@@ -130,13 +164,16 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
     content = files.read_json(where)
     kind = content.get("model_type") if isinstance(content, dict) else None
     known = {family.MODEL_TYPE: family for family in families.FAMILIES.values()}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise InputError(f"{where}: model_type {kind!r} is not supported; known: {sorted(known)}")
+    for key in ("n_layer", "num_hidden_layers"):
+        if isinstance(layers := content.get(key), int) and layers > MAX_LAYERS:
+            raise InputError(f"{where}: {key}={layers} is more than any model; correct it")
     return known[kind].from_hf(content, str(where)), known[kind]
 
 
 def _read_tensors(folder: Path) -> safetensors.Tensors:
-    if not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+    if not any((folder / name).exists() for name in (safetensors.SINGLE, safetensors.INDEX)):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
         if not others:
             raise InputError(f"{folder} has no model.safetensors; download the model's weights")
@@ -157,7 +194,8 @@ def _by_slot(
     head, embedding = untied["head"], untied["embed/wte"]
     found: safetensors.Tensors = {}
     for name, tensor in tensors.items():
-        full = name if name in wanted or name == head else family.PREFIX + name
+        full = family.ALIASES.get(name, name)
+        full = full if full in wanted or full == head else family.PREFIX + full
         if full not in wanted and full != head:
             short = name.removeprefix(family.PREFIX)
             if any(re.fullmatch(pattern, short) for pattern in family.IGNORED):
@@ -168,8 +206,8 @@ def _by_slot(
             )
         if full in found:
             raise InputError(
-                f"{folder} holds {full!r} twice, with and without the prefix {family.PREFIX!r}; "
-                "remove one"
+                f"{folder} holds {full!r} twice, under two of its names (with and without the "
+                f"prefix {family.PREFIX!r}, or an older one); remove one"
             )
         found[full] = tensor
     if missing := [name for name in wanted if name not in found]:
@@ -179,7 +217,7 @@ def _by_slot(
             f"{config.family} model; download the weights again or correct config.json"
         )
     copy = found.pop(head, None) if config.tied else None
-    if copy is not None and not np.array_equal(copy, found[embedding]):
+    if copy is not None and not _equal(copy, found[embedding]):
         raise InputError(
             f"{folder}: {head!r} differs from {embedding!r} although the config ties them; remove "
             f"{head!r} if it is stale, or set tie_word_embeddings to false to use both"
@@ -187,116 +225,33 @@ def _by_slot(
     return found
 
 
-def _check_shape(
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.ndim == 0:
+        return False
+    pairs = zip(safetensors.blocks(a), safetensors.blocks(b), strict=True)
+    return all(np.array_equal(left, right) for (_, left), (_, right) in pairs)
+
+
+def _check_tensor(
     folder: Path, name: str, tensor: np.ndarray, slot: Slot, config: ModelConfig
 ) -> None:
+    where = f"{folder}: tensor {name!r}"
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise InputError(f"{where} holds {tensor.dtype}, not floating point")
     if tensor.shape == slot.shape:
         return
     if slot.row.axes[0] == "vocab" and tensor.shape[1:] == slot.shape[1:]:
+        remedy = (
+            "cut off padding rows with `convert import --trim-vocab`, or correct vocab_size"
+            if len(tensor) > config.vocab_size
+            else "correct vocab_size or take both files from one model"
+        )
         raise InputError(
             f"{folder}: config.json has vocab_size {config.vocab_size}, {name!r} has "
-            f"{tensor.shape[0]} rows; correct vocab_size, or cut off padding rows of the tensor"
+            f"{len(tensor)} rows; {remedy}"
         )
     hint = "it looks transposed" if tensor.shape == slot.shape[::-1] else "correct config.json"
     raise InputError(
-        f"{folder}: tensor {name!r} has shape {list(tensor.shape)}, the config asks for "
-        f"{list(slot.shape)}; {hint} or take both files from one model"
+        f"{where} has shape {list(tensor.shape)}, the config asks for {list(slot.shape)}; {hint} "
+        "or take both files from one model"
     )
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in FLOATS:
-        raise InputError(f"weights of dtype {dtype!r} are not supported; use one of {FLOATS}")
-
-
-def _cast(where: Path | str, name: str, tensor: Any, dtype: str) -> np.ndarray:
-    array = np.asarray(tensor)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise InputError(f"{where}: tensor {name!r} holds {array.dtype}, not floating point")
-    with np.errstate(over="ignore"):
-        array = array.astype(dtype, copy=False)
-    if not np.isfinite(array).all():
-        raise InputError(
-            f"{where}: tensor {name!r} holds NaN or infinity as {dtype}; the model diverged, or "
-            "its values do not fit"
-        )
-    return array
-
-
-def _write(folder: Path, config: ModelConfig, params: Params, dtype: str) -> None:
-    content = families.of(config).to_hf(config) | {"torch_dtype": dtype}
-    files.write_json(folder / "config.json", content)
-    tensors = {
-        name: safetensors.Lazy(
-            slot.shape,
-            dtype,
-            lambda name=name, slot=slot: _cast("the model", name, slot.view(params), dtype),
-        )
-        for name, slot in slots(config).items()
-    }
-    safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Every file as it is, except weights and config: `source` may be a whole model folder."""
-    if not source.is_dir():
-        raise InputError(f"tokenizer folder {source} does not exist")
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not any(fnmatch.fnmatch(path.name, p) for p in _NOT_TOKENIZER):
-            shutil.copyfile(path, folder / path.name)
-
-
-def _gate(folder: Path, config: ModelConfig, params: Params, dtype: str) -> Agreement:
-    """Whether the files in `folder` are `params`; InputError names the first thing that is not."""
-    found, imported = import_hf(folder)
-    for field in dataclasses.fields(config):
-        ours, theirs = getattr(config, field.name), getattr(found, field.name)
-        if ours != theirs:
-            raise InputError(f"{folder / 'config.json'}: {field.name} is {theirs!r}, not {ours!r}")
-    wanted = slots(config)
-    # Import forgives a prefix left out and a second copy of the head; other readers may not.
-    if odd := sorted(safetensors.read_folder(folder).keys() ^ wanted.keys()):
-        raise InputError(f"{folder}: tensor {odd[0]!r} is missing or should not be there")
-    for name, slot in wanted.items():
-        ours = np.asarray(slot.view(params)).astype(dtype).astype(np.float32)
-        theirs = slot.view(imported)
-        if not np.array_equal(ours.view(np.uint32), theirs.view(np.uint32)):
-            raise InputError(f"{folder}: tensor {name!r} is not the model's {slot.row.path!r}")
-    return _compare_logits(folder, config, imported)
-
-
-def _gate_ids(config: ModelConfig) -> np.ndarray:
-    """One sequence [T] up to the last position, with the first, last and special ids."""
-    length = max(1, min(config.context, GATE_LOGITS // config.vocab_size))
-    ids_T = np.random.default_rng(0).integers(config.vocab_size, size=length, dtype=np.int32)
-    special = [0, config.vocab_size - 1, config.bos, config.eos]
-    special = [i for i in special if i is not None and 0 <= i < config.vocab_size][:length]
-    ids_T[: len(special)] = special
-    return ids_T
-
-
-def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> Agreement:
-    """Our forward pass over `params` against the reference's over the files in `folder`."""
-    ids_T = _gate_ids(config)
-    forward = jax.jit(functools.partial(model.logits, config, Execution(layers="scan")))
-    with jax.default_matmul_precision("highest"):
-        ours_TV = np.asarray(forward({"params": params}, jnp.asarray(ids_T)[None]))[0]
-    theirs_TV = reference.logits(folder, ids_T)
-    # Position by position, so that no further arrays of this size are made.
-    scale = max(np.abs(theirs_V).max() for theirs_V in theirs_TV)
-    if not max(np.ptp(theirs_V) for theirs_V in theirs_TV) > GATE_TIE * scale:
-        raise InputError(
-            f"{folder}: every token is equally likely (loss ln V); weights are missing"
-        )
-    pairs = list(zip(ours_TV, theirs_TV, strict=True))
-    error = float(max(np.abs(ours_V - theirs_V).max() for ours_V, theirs_V in pairs) / scale)
-    if not error <= GATE_TOLERANCE:
-        raise InputError(
-            f"{folder}: logits differ from the reference's by {error:.1e} of the largest "
-            f"(limit {GATE_TOLERANCE:.0e})"
-        )
-    # How far our best token is from the reference's best: zero, or a tie that rounding decides.
-    tie = max(theirs_V.max() - theirs_V[ours_V.argmax()] for ours_V, theirs_V in pairs) / scale
-    if not tie <= GATE_TIE:
-        raise InputError(f"{folder}: the most likely token differs from the reference's")
-    return Agreement(error, len(ids_T))

@@ -167,7 +167,7 @@ def read_jsonl(path: PathLike) -> list[Any]:
             continue
         try:
             values.append(json.loads(line))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise InputError(f"{path} line {number} is not JSON ({error})") from error

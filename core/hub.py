@@ -4,19 +4,19 @@ A name is fetched once and found in the Hub's own cache from then on, also witho
 what is read here is fetched: safetensors, JSON and tokenizer files; never code, never pickles.
 """
 
+import os
 import re
 from pathlib import Path
 
 from core.errors import InputError
-from core.files import PathLike
 
 # Names from the Hub's early days, without an organisation before them.
 LEGACY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "encoder.json", "chat_template.*", "config.json", "generation_config.json",
 )  # fmt: skip
-EVERYTHING = (*TOKENIZER, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+EVERYTHING = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 
 
 def is_name(text: str) -> bool:
@@ -26,12 +26,12 @@ def is_name(text: str) -> bool:
     return text in LEGACY or bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text))
 
 
-def locate(name: PathLike, patterns: tuple[str, ...] = EVERYTHING) -> Path:
+def locate(name: str | os.PathLike[str], patterns: tuple[str, ...] = EVERYTHING) -> Path:
     """The folder of a name on the Hub, fetched if need be; any other path as it is.
 
     patterns: files to fetch, from the top of the repository. InputError if it cannot be had.
     """
-    if isinstance(name, Path) or not is_name(name):
+    if not isinstance(name, str) or not is_name(name):
         return Path(name)
     from huggingface_hub import errors, snapshot_download
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from core import model, sharding
 from core.config import Execution, ModelConfig
+from core.model import Variables
 from core.rows import Batch, read_ahead
-from core.schema import Params
 
 token_losses = functools.partial(jax.jit, static_argnums=(0, 1))(model.token_losses)
 
@@ -41,12 +41,12 @@ def placer() -> Callable[[Batch], tuple[jax.Array, jax.Array]]:
 
 
 def batch_losses(
-    config: ModelConfig, execution: Execution, params: Params, batches: Any
+    config: ModelConfig, execution: Execution, variables: Variables, batches: Any
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Each batch of a random-access source (see `core.rows.Plan`) with its token losses [B,T]."""
     place = placer()
 
     def compute(batch: Batch) -> jax.Array:
-        return token_losses(config, execution, {"params": params}, *place(batch))
+        return token_losses(config, execution, variables, *place(batch))
 
     return overlapped(batches, compute)

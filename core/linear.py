@@ -95,9 +95,9 @@ class Linear(nn.Module):
         """The adapter's input with some of it zeroed; only with a key, so never but in training."""
         if not self.has_rng("dropout") or not self.has_variable("lora", "dropout"):
             return x_BTI
-        keep = 1 - self.get_variable("lora", "dropout").astype(x_BTI.dtype)
+        keep = 1 - self.get_variable("lora", "dropout")  # in bfloat16, a draw has 128 values only
         kept_BTI = jax.random.bernoulli(self.make_rng("dropout"), keep, x_BTI.shape)
-        return jnp.where(kept_BTI, x_BTI / keep, 0)
+        return jnp.where(kept_BTI, x_BTI / keep.astype(x_BTI.dtype), 0)
 
     def _catch(self, name: str, y_BTO: jax.Array, x_BTI: jax.Array) -> jax.Array:
         sink = self.get_variable("sinks", name)

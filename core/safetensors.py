@@ -3,9 +3,11 @@
     uint64 n, little endian | n bytes of JSON | data
     JSON = {name: {"dtype", "shape", "data_offsets": [begin, end)}, "__metadata__": {str: str}}
 
-Reading maps the file and copies nothing. The data must be covered exactly, without holes or
+Reading maps the file and copies nothing; `blocks` walks a tensor and gives its pages back, so that
+a file larger than memory can be read through. The data must be covered exactly, without holes or
 overlaps, as the reference implementation demands; whatever is wrong is named. Writing follows its
-conventions (order of tensors, padding of the header), so equal tensors give equal bytes.
+conventions (order of tensors, padding of the header), so equal tensors give equal bytes. A folder
+holds one file, or shards and an index that says which tensor is where.
 """
 
 import itertools
@@ -13,7 +15,8 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +46,11 @@ DTYPES = {
 _ORDER = {dtype: place for place, dtype in enumerate(reversed(DTYPES.values()))}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the reference implementation's limit
+MAX_DIMENSIONS = 64  # numpy's limit
 METADATA = "__metadata__"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BLOCK = 2**19  # bytes; transposing more rows than that holds at once misses the cache
+ROWS = 16  # that `gathered` reads before it gives pages back
 
 Tensors = dict[str, np.ndarray]
 
@@ -111,24 +118,33 @@ def read(path: files.PathLike) -> Tensors:
     }
 
 
+def metadata(path: files.PathLike) -> dict[str, str]:
+    """The texts in the header of a file that `read` accepts; {} where it holds none."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = _json(file.read(length), f"the header of {path}")
+    return _strings(header.get(METADATA, {}), f"{METADATA} of {path}")
+
+
 def read_folder(folder: files.PathLike) -> Tensors:
     """The tensors of `model.safetensors`, or of the shards `model.safetensors.index.json` lists.
 
     The index and the shards must agree: every name in exactly the one shard it is listed under.
     """
     folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE, folder / INDEX
     if single.exists() or not index.exists():
         return read(single)
     try:
         content = _json(index.read_bytes(), str(index))
+        here = {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
         raise InputError(f"{index} cannot be read ({error})") from error
     places = _strings(content.get("weight_map"), f"weight_map of {index}")
     tensors: Tensors = {}
     for shard in sorted(set(places.values())):
         path = folder / shard
-        if path.parent != folder or not path.is_file():
+        if shard not in here:
             raise InputError(f"{index} lists {shard!r}, which is not a file in {folder}")
         for name, tensor in read(path).items():
             if name not in places:
@@ -145,6 +161,51 @@ def read_folder(folder: files.PathLike) -> Tensors:
             "hold it; download or copy that shard again"
         )
     return tensors
+
+
+def blocks(tensor: np.ndarray, size: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
+    """Slices of a tensor's first axis and what lies there, about `size` bytes at a time.
+
+    When the next one is asked for, the mapped pages of the last go back to the system; another
+    look at them reads the file again. Any array will do; only mapped ones have pages to give.
+    """
+    rows = max(1, size * len(tensor) // max(tensor.nbytes, 1))
+    for start in range(0, len(tensor), rows):
+        part = slice(start, start + rows)
+        yield part, tensor[part]
+        # From the beginning, because a fault maps some pages before the one it asks for.
+        _release(tensor[: part.stop])
+
+
+def copied(tensor: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """A tensor in memory and in `dtype`; none of its pages stays mapped."""
+    copy = np.empty(tensor.shape, dtype)
+    for part, block in blocks(tensor):
+        copy[part] = block
+    return copy
+
+
+def gathered(tensor: np.ndarray, ids: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Rows of a tensor, as `copied` gives all of it."""
+    flat = ids.reshape(-1)
+    rows = np.empty((len(flat), *tensor.shape[1:]), dtype)
+    for start in range(0, len(flat), ROWS):
+        part = slice(start, start + ROWS)
+        rows[part] = tensor[flat[part]]
+        _release(tensor)  # a fault may map megabytes around the row it asks for
+    return rows.reshape(*ids.shape, *tensor.shape[1:])
+
+
+def _release(array: np.ndarray) -> None:
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    mapped = base.obj if isinstance(base, memoryview) else None
+    if isinstance(mapped, mmap.mmap) and array.size:
+        low, high = np.lib.array_utils.byte_bounds(array)
+        origin = np.lib.array_utils.byte_bounds(np.frombuffer(mapped, np.uint8))[0]
+        start = (low - origin) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, high - origin - start)
 
 
 def write(
@@ -187,6 +248,37 @@ def write(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
+def write_folder(
+    folder: files.PathLike,
+    tensors: Mapping[str, Lazy],
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: float = math.inf,
+) -> None:
+    """Write `model.safetensors`, or shards of `shard_bytes` at most and their index.
+
+    Names and index are transformers'. A tensor of more than `shard_bytes` is a shard of its own.
+    """
+    folder = Path(folder)
+    sizes = {n: math.prod(t.shape) * np.dtype(t.dtype).itemsize for n, t in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        write(folder / SINGLE, tensors, metadata)
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write(folder / file, {name: tensors[name] for name in names}, metadata)
+        places |= dict.fromkeys(names, file)
+    total = {"total_size": sum(sizes.values())}
+    files.write_json(
+        folder / INDEX, {"metadata": total, "weight_map": dict(sorted(places.items()))}
+    )
+
+
 def _lazy(value: ArrayLike) -> Lazy:
     array = np.asarray(value)
     return Lazy(array.shape, array.dtype, lambda: array)
@@ -208,17 +300,26 @@ def _entry(name: str, value: Any, path: Path) -> _Entry:
         raise InputError(f"{where} needs exactly dtype, shape and data_offsets in the header")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where} has dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not _sizes(shape):
-        raise InputError(f"{where} has shape {shape!r}; expected a list of sizes")
+        raise InputError(f"{where} has dtype {_short(dtype)}; known: {', '.join(DTYPES)}")
+    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise InputError(
+            f"{where} has shape {_short(shape)}; expected a list of at most {MAX_DIMENSIONS} sizes"
+        )
     if not _sizes(offsets) or len(offsets) != 2:
-        raise InputError(f"{where} has data_offsets {offsets!r}; expected [begin, end]")
+        raise InputError(f"{where} has data_offsets {_short(offsets)}; expected [begin, end]")
+    if math.prod(max(size, 1) for size in shape) * DTYPES[dtype].itemsize > sys.maxsize:
+        raise InputError(f"{where} has shape {_short(shape)}, which no memory holds")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise InputError(
             f"{where} takes {offsets[1] - offsets[0]} bytes, its shape {shape} in {dtype} {needed}"
         )
     return _Entry(name, DTYPES[dtype], tuple(shape), *offsets)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _sizes(value: Any) -> bool:

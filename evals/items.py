@@ -60,7 +60,7 @@ def read_items(path: PathLike) -> list[Item]:
 def _parse(line: bytes, where: str, default_id: str) -> Item:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); write one object a line") from error
     if not isinstance(fields, dict):
         raise InputError(f"{where} is no JSON object; write context, choices and label")

@@ -32,10 +32,10 @@ def token_nll(loaded: Loaded, rows: Rows, execution: Execution, batch_tokens: in
     """
     nll_NT = np.full((len(rows), int(rows.lengths.max())), np.nan, np.float32)
     mesh = sharding.make_mesh()
-    params = jax.device_put(loaded.params, sharding.replicated(mesh))
+    variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
     plan = Plan(rows, batch_tokens, jax.device_count())
     with Progress(int(rows.lengths.sum()), "nll", "tokens") as bar:
-        for batch, nll_BT in batch_losses(loaded.config, execution, params, plan):
+        for batch, nll_BT in batch_losses(loaded.config, execution, variables, plan):
             real = batch.rows_B >= 0
             mask_BT = batch.labels_BT != IGNORED
             mask_BT[:, 0] = False

@@ -26,9 +26,9 @@ from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.files import PathLike, write_json, write_jsonl
+from core.model import Variables
 from core.progress import Progress
 from core.rows import IGNORED, Plan, Rows, read_ahead
-from core.schema import Params
 from evals.items import Item, Prompt, characters, keep_last, tokenise
 from evals.statistics import mean_stderr
 from tokenizers import Tokenizer
@@ -181,16 +181,17 @@ class Inputs:
 def asked_losses(
     config: ModelConfig,
     execution: Execution,
-    params: Params,
+    variables: Variables,
     ids_BT: jax.Array,
     at_BK: jax.Array,
     targets_BK: jax.Array,
 ) -> jax.Array:
     """-log p(targets[k] | ids[: at[k] + 1]) in nats, float32 [B,K]; 0 where the target is -100."""
-    h_BTD = model.hidden(config, execution, {"params": params}, ids_BT)
+    h_BTD = model.hidden(config, execution, variables, ids_BT)
     h_BKD = jnp.take_along_axis(h_BTD, at_BK[..., None], axis=1)
     chunk = execution.tokens_per_chunk(config.vocab_size)
-    return loss.token_nll(h_BKD, model.head(config, params), targets_BK, chunk)
+    w_VD = model.head(config, variables["params"])
+    return loss.token_nll(h_BKD, w_VD, targets_BK, chunk)
 
 
 def prompt_logprobs(
@@ -198,12 +199,12 @@ def prompt_logprobs(
 ) -> list[float]:
     """log p(continuation | context) of each prompt in nats, summed over its tokens."""
     inputs, mesh = Inputs(prompts, batch_tokens), sharding.make_mesh()
-    params = jax.device_put(loaded.params, sharding.replicated(mesh))
+    variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
     nll: list[np.ndarray] = [np.zeros(0)] * len(inputs.ids)
     with Progress(int(inputs.lengths.sum()), label, "tokens") as bar:
         for batch in read_ahead(inputs):
             arrays = (sharding.place(x, sharding.over_rows(mesh)) for x in batch[:3])
-            nll_BK = np.asarray(asked_losses(loaded.config, execution, params, *arrays))
+            nll_BK = np.asarray(asked_losses(loaded.config, execution, variables, *arrays))
             if not np.isfinite(nll_BK).all():
                 raise InputError(
                     f"model {loaded.fingerprint[:12]} gives log-probabilities that are not finite; "

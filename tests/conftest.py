@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["TAPROOT_CACHE"] = ""  # no table of a tokenizer comes from, or goes to, the user's folder
+os.environ["TAPROOT_CACHE"] = ""  # no tokenizer table comes from, or goes to, a user's folder
 
 import jax
 import numpy as np

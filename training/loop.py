@@ -7,6 +7,7 @@ a run that is killed and started again goes on from its last checkpoint and ends
 import dataclasses
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +15,18 @@ import jax
 import numpy as np
 import optax
 
-from core import checkpoint, families, sharding
+from core import adapter as adapters
+from core import checkpoint, families, peft, sharding
+from core.adapter import Adapter
 from core.config import Execution, ModelConfig
 from core.errors import InputError, Preempted
 from core.files import append_jsonl, read_jsonl, require_space, write_jsonl
 from core.inference import batch_losses
+from core.model import Variables
 from core.progress import Progress
 from core.rows import Batch, Plan, Rows, training_batches
 from core.rundir import Run
-from core.schema import Params
+from core.schema import Params, Row
 from training.optim import Optim, learning_rate
 from training.step import Metrics, Recipe, State, initial, train_step
 
@@ -65,18 +69,25 @@ def train(
     execution: Execution,
     tokenizer: Any = None,
     validation: Rows | None = None,
+    adapter: Adapter | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or raise `Preempted` after SIGTERM/SIGINT; returns a summary.
 
-    The final model is written to `run.path / "model"`, with the tokenizer.
+    The final model is written to `run.path / "model"`, with the tokenizer. With an adapter, to be
+    trained from its factors, `params` stay as they are and `run.path / "adapter"` is written.
     """
     settings.check(jax.device_count())
     optim.check(settings.steps)
     mesh = sharding.make_mesh(model=settings.model_parallel)
     # A constant rate does not depend on the number of steps; runs of any length share one program.
     horizon = 0 if optim.schedule == "constant" else settings.steps
-    recipe = Recipe(config, execution, optim, horizon)
-    state = _place(recipe, mesh, params)
+    recipe = Recipe(config, execution, optim, horizon, adapter.spec if adapter else None)
+    state = _place(recipe, mesh, adapter.factors if adapter else params)
+    frozen = _spread(families.rows(config), config.layers, mesh, params) if adapter else None
+    key = None
+    if adapter and adapter.spec.dropout:
+        key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(b"dropout"))
+        key = jax.device_put(key, sharding.replicated(mesh))
     saver = _Saver(run.path / "ckpt", settings.keep)
     state = saver.restore(state)
     start, total = int(state.step), settings.steps
@@ -85,11 +96,13 @@ def train(
     try:
         with log, _Stop() as stop, Progress(total, f"train {run.path.name}", "step", start) as bar:
             for step in range(start + 1, total + 1):
-                state, metrics = train_step(recipe, state, *_arrays(next(batches), settings, mesh))
+                arrays = _arrays(next(batches), settings, mesh)
+                state, metrics = train_step(recipe, state, *arrays, frozen, key)
                 log.step(step, metrics)
                 last, stopping = step == total, stop.asked
                 if validation is not None and (last or step % settings.eval_every == 0):
-                    log.validated(step, mean_loss(config, execution, state.params, validation))
+                    variables = recipe.variables(state.params, frozen)
+                    log.validated(step, mean_loss(config, execution, variables, validation))
                 if last or stopping or step % settings.save_every == 0:
                     log.flush()
                     saver.save(step, state)
@@ -103,15 +116,29 @@ def train(
                          "rows of that step") from None  # fmt: skip
     finally:
         saver.manager.close()
-    fingerprint = checkpoint.save_model(run.path / "model", config, state.params, tokenizer)
-    return {"steps": total, "loss": log.loss, "model": fingerprint}
+    if adapter is None:
+        fingerprint = checkpoint.save_model(run.path / "model", config, state.params, tokenizer)
+        return {"steps": total, "loss": log.loss, "model": fingerprint}
+    trained = adapter._replace(factors=jax.device_get(state.params))
+    peft.write(run.path / "adapter", config, trained, tokenizer)
+    return {
+        "steps": total,
+        "loss": log.loss,
+        "model": adapters.fingerprint(config, trained),
+        "adapter_parameters": adapters.size(adapter.spec, config),
+    }
+
+
+def _spread(rows: list[Row], layers: int, mesh: jax.sharding.Mesh, params: Params) -> Params:
+    where = sharding.parameter_shardings(rows, layers, mesh)
+    return jax.tree.map(lambda x, s: sharding.place(np.asarray(x), s), params, where)
 
 
 def _place(recipe: Recipe, mesh: jax.sharding.Mesh, params: Params) -> State:
     """The state before the first step, on the mesh; moments lie where their parameters lie."""
-    rows = families.rows(recipe.config)
-    where = sharding.parameter_shardings(rows, recipe.config.layers, mesh)
-    params = jax.tree.map(lambda x, s: sharding.place(np.asarray(x), s), params, where)
+    rows, layers = recipe.rows(), recipe.config.layers
+    where = sharding.parameter_shardings(rows, layers, mesh)
+    params = _spread(rows, layers, mesh, params)
     state = initial(recipe, params)
     spread = optax.tree_map_params(
         recipe.optimizer(),
@@ -132,9 +159,9 @@ def _arrays(batch: Batch, settings: Settings, mesh: jax.sharding.Mesh) -> tuple[
     return tuple(sharding.place(x.reshape(shape), where) for x in arrays)
 
 
-def mean_loss(config: ModelConfig, execution: Execution, params: Params, rows: Rows) -> float:
+def mean_loss(config: ModelConfig, execution: Execution, variables: Variables, rows: Rows) -> float:
     """Mean loss per supervised token of all rows, in nats."""
-    losses = batch_losses(config, execution, params, Plan(rows, 8192, jax.device_count()))
+    losses = batch_losses(config, execution, variables, Plan(rows, 8192, jax.device_count()))
     return sum(float(nll_BT.sum()) for _, nll_BT in losses) / int(rows.trained.sum())
 
 

@@ -7,6 +7,9 @@ Dims: A micro-batches, B rows of one, T tokens.
 D never depends on w, so that w = 1 is plain training, any other w is masking, unlearning or a
 policy gradient, and the derivative of the step in w is MAGIC. Micro-batches add numerators and
 are divided once, so accumulation changes nothing but memory.
+
+What is trained is all parameters, or an adapter's factors over a frozen base. An adapter's dropout
+is keyed by (run, step, micro-batch): a resume draws the same masks, another accumulation others.
 """
 
 import functools
@@ -16,14 +19,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from core import families, model
+from core import adapter, families, model
+from core.adapter import LoraSpec
 from core.config import Execution, ModelConfig
-from core.schema import Params
+from core.schema import Params, Row
 from training.optim import Optim, build
 
 
 class State(NamedTuple):
-    """Everything a step changes. `step` counts finished steps."""
+    """Everything a step changes. `step` counts finished steps; `params` is what is trained."""
 
     step: jax.Array
     params: Params
@@ -39,15 +43,30 @@ class Metrics(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """All that is static about a step; hashable, so one recipe compiles once."""
+    """All that is static about a step; hashable, so one recipe compiles once.
+
+    lora: train an adapter of this kind and leave the model's parameters as they are.
+    """
 
     config: ModelConfig
     execution: Execution
     optim: Optim
     steps: int
+    lora: LoraSpec | None = None
+
+    def rows(self) -> list[Row]:
+        """Of what is trained."""
+        return adapter.rows(self.lora, self.config) if self.lora else families.rows(self.config)
 
     def optimizer(self) -> optax.GradientTransformation:
-        return build(self.optim, self.steps, families.rows(self.config))
+        return build(self.optim, self.steps, self.rows())
+
+    def variables(self, params: Params, frozen: Params | None) -> model.Variables:
+        """The model's collections, from what is trained and, for an adapter, its base."""
+        if self.lora is None:
+            return {"params": params}
+        assert frozen is not None
+        return {"params": frozen, "lora": adapter.collection(self.lora, self.config, params)}
 
 
 def initial(recipe: Recipe, params: Params) -> State:
@@ -65,25 +84,32 @@ def gradients(
     ids_ABT: jax.Array,
     labels_ABT: jax.Array,
     weights_ABT: jax.Array,
+    frozen: Params | None = None,
+    dropout: jax.Array | None = None,
 ) -> tuple[Params, jax.Array]:
-    """(gradient of the loss, loss), accumulated over the micro-batches."""
+    """(gradient of the loss, loss), accumulated over the micro-batches.
 
-    def numerator(params: Params, ids_BT: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array):
-        variables = {"params": params}
-        return model.weighted_loss(
-            recipe.config, recipe.execution, variables, ids_BT, labels_BT, weights_BT
-        )[0]
+    frozen: the base's parameters when `params` are an adapter's factors. dropout: the step's key.
+    """
+    keys_A = None
+    if dropout is not None:
+        keys_A = jax.vmap(jax.random.fold_in, (None, 0))(dropout, jnp.arange(ids_ABT.shape[0]))
+    micros = (ids_ABT, labels_ABT, weights_ABT, keys_A)
+
+    def numerator(params: Params, *micro: jax.Array) -> jax.Array:
+        variables = recipe.variables(params, frozen)
+        return model.weighted_loss(recipe.config, recipe.execution, variables, *micro)[0]
 
     value_and_grad = jax.value_and_grad(numerator)
     if ids_ABT.shape[0] == 1:
-        total, grads = value_and_grad(params, ids_ABT[0], labels_ABT[0], weights_ABT[0])
+        total, grads = value_and_grad(params, *jax.tree.map(lambda x: x[0], micros))
     else:
 
-        def add(carry: tuple[jax.Array, Params], micro: tuple[jax.Array, jax.Array, jax.Array]):
+        def add(carry: tuple[jax.Array, Params], micro: Any):
             return jax.tree.map(jnp.add, carry, value_and_grad(params, *micro)), None
 
         zero = (jnp.zeros((), weights_ABT.dtype), jax.tree.map(jnp.zeros_like, params))
-        (total, grads), _ = jax.lax.scan(add, zero, (ids_ABT, labels_ABT, weights_ABT))
+        (total, grads), _ = jax.lax.scan(add, zero, micros)
     scale = 1 / jnp.maximum(supervised(labels_ABT), 1).astype(total.dtype)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), total * scale
 
@@ -95,9 +121,15 @@ def train_step(
     ids_ABT: jax.Array,
     labels_ABT: jax.Array,
     weights_ABT: jax.Array,
+    frozen: Params | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[State, Metrics]:
-    """One optimizer step on a batch of A micro-batches; weights are label-aligned."""
-    grads, loss = gradients(recipe, state.params, ids_ABT, labels_ABT, weights_ABT)
+    """One optimizer step on a batch of A micro-batches; weights are label-aligned.
+
+    frozen: see `gradients`. key: of the run, for dropout; without one there is none.
+    """
+    dropout = None if key is None else jax.random.fold_in(key, state.step)
+    grads, loss = gradients(recipe, state.params, ids_ABT, labels_ABT, weights_ABT, frozen, dropout)
     updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.params)
     params = cast(Params, optax.apply_updates(state.params, updates))
     norm = jnp.asarray(optax.tree.norm(grads))

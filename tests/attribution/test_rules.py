@@ -47,7 +47,7 @@ def rule_of(name, bias):
 
 
 def catch_all(tiny, config, execution, params, ids_BT, labels_BT):
-    """{(rule, bias): {path: [L,B,...]}} from one backward pass."""
+    """{(rule, bias): {site path: [L,B,...]}} from one backward pass."""
     wide, (b, t), layers = params["embed"]["wte"].dtype, ids_BT.shape, config.layers
     specs = [Spec(Projection(P), bias) for bias in (False, True)]
     pairs = {spec.include_bias: gradients.projections(config, spec) for spec in specs}
@@ -57,19 +57,20 @@ def catch_all(tiny, config, execution, params, ids_BT, labels_BT):
             "project": lambda i, o: (P, P), "tokens": lambda i, o: (t, P, P),
             "full": lambda i, o: (o, i), "norm": lambda i, o: (),
         }  # fmt: skip
-        aux[site.path] = tuple(
-            pairs[bias][site.path] if name in ("project", "tokens") else None
-            for name, bias in RULES
+        sink = f"{site.path}/weight"
+        aux[sink] = tuple(
+            pairs[bias][sink] if name in ("project", "tokens") else None for name, bias in RULES
         )
-        outs[site.path] = tuple(
+        outs[sink] = tuple(
             jnp.zeros((layers, b, *shapes[name](site.inputs + bias, site.outputs)), wide)
             for name, bias in RULES
         )
     rule = Together(tuple(rule_of(*each) for each in RULES))
     weights_BT = gradients.example_weights(labels_BT, "sum", wide)
     run = tiny.jit(gradients.catch, static_argnums=(0, 1, 3))
-    caught, _ = run(config, execution, params, rule, aux, outs, ids_BT, labels_BT, weights_BT)
-    return {each: {path: np.asarray(v[k]) for path, v in caught.items()}
+    batch = (ids_BT, labels_BT, weights_BT)
+    caught, _ = run(config, execution, {"params": params}, rule, aux, outs, *batch)
+    return {each: {sink.removesuffix("/weight"): np.asarray(v[k]) for sink, v in caught.items()}
             for k, each in enumerate(RULES)}, pairs  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_every_rule_is_vmap_grad(tiny, relative, dtype, layers, remat):
         for bias in (False, True):
             for path, g_BLOI in plain.items():
                 g_LBOI = np.swapaxes(g_BLOI if bias else g_BLOI[..., :-1], 0, 1)
-                left_LOP, right_LIP = (np.asarray(m, dtype) for m in pairs[bias][path])
+                left_LOP, right_LIP = (np.asarray(m, dtype) for m in pairs[bias][f"{path}/weight"])
                 p_LBPQ = np.einsum("LBOI,LOP,LIQ->LBPQ", g_LBOI, left_LOP, right_LIP)
                 each = {name: caught[name, bias][path] for name, with_bias in RULES[::2]}
                 assert relative(each["full"], g_LBOI) < tolerance

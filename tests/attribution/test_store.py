@@ -38,7 +38,7 @@ def test_rows_stand_where_they_should(tiny, relative, tmp_path):
     ids_BT, labels_BT = tiny.batch(LENGTHS)
     aux = gradients.projections(tiny.config, SPEC)
     expected_ND, nll_N = gradients.example_gradients(
-        tiny.config, Execution(), SPEC, tiny.params(), aux, ids_BT, labels_BT
+        tiny.config, Execution(), SPEC, {"params": tiny.params()}, aux, ids_BT, labels_BT
     )
     assert relative(features_ND, expected_ND) < 1e-5
     assert relative(losses_N, nll_N) < 1e-5

@@ -131,7 +131,7 @@ def outputs():
         if (folder / "metrics.jsonl").exists():
             lines = read_jsonl(folder / "metrics.jsonl")
             found["metrics"] = [{**line, "tokens_per_second": None} for line in lines]
-        if (folder / "params").exists() or (folder / "model").exists():
+        if (folder / "params.safetensors").exists() or (folder / "model").exists():
             found["model"] = load_model(folder).fingerprint
         assert found
         return found

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import tokenizers
-from core import families, schema
-from core.checkpoint import fingerprint, load_model, save_model
+from core import families, safetensors, schema
+from core.checkpoint import WEIGHTS, fingerprint, load_model, save_model
 from core.config import ModelConfig
 from core.errors import InputError
 
@@ -46,11 +46,29 @@ def test_the_fingerprint_is_of_architecture_and_weights(saved):
     assert fingerprint(CONFIG, jax.tree.map(np.asarray, PARAMS)) == saved[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_and_loaded_dtypes(tmp_path, dtype):
+    """What bfloat16 holds comes back as float32 exactly; the fingerprint is of the values."""
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    mark = save_model(tmp_path / "model", CONFIG, params)
+    wide = load_model(tmp_path / "model")
+    assert wide.fingerprint == mark == fingerprint(CONFIG, wide.params)
+    jax.tree.map(np.testing.assert_array_equal, wide.params, params)
+    assert {x.dtype for x in jax.tree.leaves(wide.params)} == {np.dtype(np.float32)}
+    narrow = load_model(tmp_path / "model", dtype="bfloat16").params
+    assert {str(x.dtype) for x in jax.tree.leaves(narrow)} == {"bfloat16"}
+
+
 def test_saving_replaces_and_leaves_nothing_else(copy):
     mark = save_model(copy, CONFIG, jax.tree.map(lambda x: 2 * x, PARAMS))
     loaded = load_model(copy)
     assert loaded.fingerprint == mark and loaded.tokenizer is None
     assert [f.name for f in copy.parent.iterdir()] == ["model"]
+
+
+def recast(folder, dtype):
+    tensors = {name: np.array(x, dtype) for name, x in safetensors.read(folder / WEIGHTS).items()}
+    safetensors.write(folder / WEIGHTS, tensors)
 
 
 def edit(folder, **changes):
@@ -69,11 +87,9 @@ DAMAGE = {
     "list config": (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
     "no fingerprint": (lambda f: edit(f, fingerprint=None), "has no fingerprint"),
     "no architecture": (lambda f: edit(f, model={}), "is missing"),
-    "no parameters": (lambda f: shutil.rmtree(f / "params"), "params/.* has no bytes"),
-    "cut short": (
-        lambda f: os.truncate(next((f / "params").rglob("manifest.ocdbt")), 9),
-        " has 9 ",
-    ),
+    "no parameters": (lambda f: (f / WEIGHTS).unlink(), "params.safetensors does not exist"),
+    "cut short": (lambda f: os.truncate(f / WEIGHTS, 5000), "params.safetensors is truncated"),
+    "whole numbers": (lambda f: recast(f, np.int32), "'embed/wte' holds int32, not floating"),
     "other sizes": (lambda f: edit(f, model=changed(vocab_size=31)), "'embed/wte' has shape"),
     "more layers": (lambda f: edit(f, model=changed(layers=3)), "'blocks/.*' has shape"),
     "another head": (lambda f: edit(f, model=changed(tied=False)), "parameter 'head'"),

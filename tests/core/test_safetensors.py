@@ -112,6 +112,42 @@ def test_reading_copies_nothing_and_allows_no_writing(tmp_path):
         x[0] = 1
 
 
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssFile:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+def test_blocks_cover_a_tensor_and_give_its_pages_back(tmp_path):
+    x = np.arange(2**23, dtype=np.float32).reshape(2**13, 2**10)  # 32 MiB
+    safetensors.write(tmp_path / "file", {"x": x})
+    mapped = safetensors.read(tmp_path / "file")["x"]
+    before, most, covered = resident_file_bytes(), 0, 0
+    for part, block in safetensors.blocks(mapped):
+        assert part.start == covered and block.nbytes == safetensors.BLOCK
+        np.testing.assert_array_equal(block, x[part])
+        most, covered = max(most, resident_file_bytes()), part.stop
+    assert covered == len(x)
+    assert most - before < 2**23
+    np.testing.assert_array_equal(mapped, x)  # pages given back come again
+    assert resident_file_bytes() - before > 2**24
+    np.testing.assert_array_equal(safetensors.copied(mapped, np.float32), x)
+    assert resident_file_bytes() - before < 2**23
+    ids = np.array([[5, 8191], [0, 5]])
+    np.testing.assert_array_equal(safetensors.gathered(mapped, ids, np.float32), x[ids])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (5, 0), (7, 2**18), (3, 5, 2)])
+def test_blocks_of_any_array(shape):
+    x = np.random.default_rng(0).normal(size=shape)
+    seen = np.zeros(len(x))
+    for part, block in safetensors.blocks(x):
+        seen[part] += 1
+        np.testing.assert_array_equal(block, x[part])
+    assert (seen == 1).all()
+    np.testing.assert_array_equal(safetensors.copied(x, "f4"), x.astype("f4"))
+    np.testing.assert_array_equal(safetensors.copied(x.T, "f4"), x.T.astype("f4"))
+
+
 def test_writing_holds_one_lazy_tensor_at_a_time(tmp_path):
     size = 2**18
     tensors = {
@@ -173,7 +209,17 @@ MALFORMED = {
         "'w' takes 8 bytes, its shape [3] in F32",
     ),
     "size not dtype": (raw({"w": entry(dtype="F16")}, bytes(8)), "'w' takes 8 bytes"),
-    "huge shape": (raw({"w": entry((2**40, 2**40))}, bytes(8)), "'w' takes 8 bytes"),
+    "huge shape": (raw({"w": entry((2**40, 2**40))}, bytes(8)), "'w' has shape [1099511627776"),
+    "no elements, sizes beyond counting": (
+        raw({"w": entry((0, 2**40, 2**40), at=(0, 0))}),
+        "which no memory holds",
+    ),
+    "many dimensions": (raw({"w": entry((1,) * 65, at=(0, 4))}, bytes(4)), "at most 64 sizes"),
+    "long numbers": (raw(b'{"w":' + b"9" * 5000 + b"}"), "is not JSON"),
+    "offset beyond the file": (
+        raw({"v": entry(), "w": entry(at=(8, 2**62))}, bytes(8)),
+        "takes 4611686018427387896 bytes",
+    ),
     "three offsets": (raw({"w": entry(at=(0, 8, 8))}, bytes(8)), "'w' has data_offsets"),
     "negative offset": (raw({"w": entry(at=(-8, 0))}, bytes(8)), "'w' has data_offsets"),
     "offsets reversed": (raw({"w": entry(at=(8, 0))}, bytes(8)), "'w' takes -8 bytes"),
@@ -271,6 +317,11 @@ SHARDS = {
         "one.safetensors: tensor 'x' is in this shard",
     ),
     "outside": ({"x": "../one.safetensors"}, {}, "'../one.safetensors', which is not a file in"),
+    "outside, through a folder": ({"x": "../model/one.safetensors"}, {}, "which is not a file in"),
+    "absolute": ({"x": "/etc/hostname"}, {}, "'/etc/hostname', which is not a file in"),
+    "a folder": ({"x": "."}, {}, "'.', which is not a file in"),
+    "too long a name": ({"x": "x" * 5000}, {}, "which is not a file in"),
+    "a name no file can have": ({"x": "a\0b"}, {}, "which is not a file in"),
     "map not strings": ({"x": 1}, {}, "weight_map of"),
     "map a list": ([], {}, "weight_map of"),
     "no map": (None, {}, "weight_map of"),
