@@ -170,6 +170,7 @@ def example_weights(labels_BT: jax.Array, loss: str, dtype: Any = jnp.float32) -
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution", "spec"))
+@model.full_precision
 def example_gradients(
     config: ModelConfig,
     execution: Execution,
@@ -189,10 +190,9 @@ def example_gradients(
     rule = rules.Project() if spec.projection.dim else rules.Full(bias)
     outs = {t.sink: jnp.zeros((layers, b, *_shape(spec, t.site)), wide) for t in found}
     weights_BT = example_weights(labels_BT, spec.loss, wide)
-    with jax.default_matmul_precision("highest"):  # no TF32: neighbours differ in the third digit
-        caught, nll_BT = catch(
-            config, execution, variables, rule, aux, outs, ids_BT, labels_BT, weights_BT
-        )
+    caught, nll_BT = catch(
+        config, execution, variables, rule, aux, outs, ids_BT, labels_BT, weights_BT
+    )
     parts = [caught[t.sink].reshape(layers, b, -1).swapaxes(0, 1) for t in found]
     features_BD = jnp.concatenate(parts, axis=-1).reshape(b, -1)
     if not all(all(t.layers) for t in found):  # some layers have no adapter

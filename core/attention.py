@@ -117,7 +117,7 @@ def _attend_cached(
 ) -> jax.Array:
     k_BGKS, v_BGSK = block.get_variable(CACHE, "k"), block.get_variable(CACHE, "v")
     slots = v_BGSK.shape[2]
-    # Every head by its index: of a single row, XLA would make a slice of its own and copy the cache.
+    # Heads by index, too: a write of one slice XLA repeats inside its reader, and copies the cache.
     rows_B1, heads_1G = jnp.arange(v_BGSK.shape[0])[:, None], jnp.arange(v_BGSK.shape[1])[None]
     k_BGKS = k_BGKS.at[rows_B1, heads_1G, :, positions_B1 % slots].set(k_B1GK[:, 0])
     v_BGSK = v_BGSK.at[rows_B1, heads_1G, positions_B1 % slots].set(v_B1GK[:, 0])
@@ -129,7 +129,7 @@ def _attend_cached(
 
 def slot_positions(newest_B1: jax.Array, slots: int) -> jax.Array:
     """[B,S]: the position each slot holds once `newest_B1` is written; negative = still empty."""
-    return newest_B1 - (newest_B1 - jnp.arange(slots)[None]) % slots
+    return newest_B1 - (newest_B1 - jnp.arange(slots, dtype=newest_B1.dtype)[None]) % slots
 
 
 def fill(k_BTGK: jax.Array, v_BTGK: jax.Array, lengths_B: jax.Array, slots: int) -> Params:

@@ -1,6 +1,5 @@
 """Running a model over many batches without a gradient."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from core.config import Execution, ModelConfig
 from core.model import Variables
 from core.rows import Batch, read_ahead
 
-token_losses = functools.partial(jax.jit, static_argnums=(0, 1))(model.token_losses)
+token_losses = jax.jit(model.full_precision(model.token_losses), static_argnums=(0, 1))
 
 
 def overlapped(batches: Any, compute: Callable[[Batch], Any], start: int = 0) -> Iterator[Any]:

@@ -7,7 +7,9 @@ linear site understands; arrays of the blocks are stacked on a leading layer axi
 label-aligned: entry t belongs to predicting token t, and entry 0 is always zero.
 """
 
-from typing import Any, cast
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,19 @@ from core.linear import tap
 from core.schema import Params
 
 Variables = dict[str, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """float32 means float32: accelerators would round a matmul's factors to TF32 or bfloat16."""
+
+    @functools.wraps(function)
+    def precise(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return precise
 
 
 class Decoder(nn.Module):

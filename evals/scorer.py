@@ -178,6 +178,7 @@ class Inputs:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"))
+@model.full_precision
 def asked_losses(
     config: ModelConfig,
     execution: Execution,

@@ -284,6 +284,17 @@ def test_draws_follow_the_distribution(sampling):
     np.testing.assert_allclose(drawn[0].logprobs, logp[np.asarray(drawn[0].ids)], atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 3, 8, 11, 12])
+def test_a_filter_keeps_the_largest_and_their_equals(k):
+    """Of both signs, zeros, masked ones and ties."""
+    draw = np.random.default_rng(k)
+    z_BV = np.round(draw.normal(0, 2, (50, 12)), 1).astype(np.float32) + 0
+    z_BV[:, 3] = attention.MASKED
+    kept_BV = np.asarray(generate._largest(jnp.asarray(z_BV), jnp.ones((50, 12)), k))
+    least_B1 = -np.sort(-z_BV, axis=-1)[:, k - 1 : k]
+    np.testing.assert_array_equal(kept_BV, z_BV >= least_B1)
+
+
 # ------------------------------------------------------------------------------------ how it ends
 
 
