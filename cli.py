@@ -122,7 +122,7 @@ def load_rows(path: Path, loaded: Any) -> Any:
 def load_tokenizer(name: str | None, loaded: Any = None) -> Any:
     import tokenizers
     from core.errors import InputError
-    from core.hub import TOKENIZER_FILES, locate
+    from core.hf.hub import TOKENIZER_FILES, locate
 
     if name is None and (loaded is None or loaded.tokenizer is None):
         raise InputError("the model has no tokenizer beside it; name one with --tokenizer")
@@ -147,8 +147,8 @@ def convert_import(**opts: Any) -> None:
     """Read a Hugging Face folder into a model folder."""
     import tokenizers
     from core.checkpoint import has_tokenizer, save_model
-    from core.convert import open_hf, parameters
-    from core.hub import locate
+    from core.hf.convert import open_hf, parameters
+    from core.hf.hub import locate
 
     with producing("convert import", opts) as folder:
         if folder is not None:
@@ -175,7 +175,7 @@ def convert_export(**opts: Any) -> None:
     """
     import tokenizers
     from core.adapter import merge
-    from core.gate import export_hf
+    from core.hf.gate import export_hf
 
     with producing("convert export", opts) as folder:
         if folder is not None:
@@ -197,8 +197,8 @@ def convert_check(hf_dir: Path, tokens: int | None) -> None:
     """Compare what our model and a second implementation make of a Hugging Face folder."""
     import tokenizers
     from core.checkpoint import has_tokenizer
-    from core.gate import check_hf
-    from core.hub import locate
+    from core.hf.gate import check_hf
+    from core.hf.hub import locate
 
     folder = locate(hf_dir)
     tokenizer = tokenizers.load(folder) if has_tokenizer(folder) else None

@@ -4,7 +4,7 @@ A model folder holds `config.json` (architecture and fingerprint), `params.safet
 names and layout, see `core.schema`) and `tokenizer/`. The fingerprint is a hash of architecture and
 weights: stores and scores record it.
 
-An adapter folder (`core.peft`) is attached to a base model, or names its own. A run that trained
+An adapter folder (`core.hf.peft`) is attached to a base model, or names its own. A run that trained
 an adapter holds it in `adapter/`, and is that adapter.
 """
 
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import adapter as adapters
-from core import families, hub, peft, safetensors, schema
+from core import families, safetensors, schema
 from core.adapter import Adapter
 from core.config import ModelConfig
 from core.errors import InputError
 from core.files import PathLike, atomic_folder, read_json, require_space, write_json
+from core.hf import hub, peft
 
 KIND = "taproot-model"
 WEIGHTS = "params.safetensors"
@@ -87,7 +88,7 @@ def save_model(
 def load_model(path: PathLike, adapter: PathLike | None = None, dtype: str = "float32") -> Loaded:
     """Load a model folder, a finished run, or a Hugging Face folder, and attach an adapter.
 
-    path, adapter: a name on the Hugging Face Hub (as text, see `core.hub`) stands for its folder.
+    path, adapter: a name on the Hub (as text, see `core.hf.hub`) stands for its folder.
     dtype: of the weights in memory, whatever they are stored in; under an adapter float32.
     adapter: a PEFT folder, or a run that made one; at `path`, it is attached to the base it names.
     Its own tokenizer goes before the base's.
@@ -148,7 +149,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _load_base(path: Path, dtype: str) -> Loaded:
-    from core import convert
+    from core.hf import convert
 
     if not path.exists():
         raise InputError(f"model {path} does not exist")

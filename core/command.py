@@ -43,7 +43,7 @@ class HubName(click.ParamType):
     known: tuple[str, ...] = ()  # further names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from core.hub import is_name
+        from core.hf.hub import is_name
 
         if value in self.known or is_name(str(value)):
             return value

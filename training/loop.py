@@ -16,11 +16,12 @@ import numpy as np
 import optax
 
 from core import adapter as adapters
-from core import checkpoint, families, peft, sharding
+from core import checkpoint, families, sharding
 from core.adapter import Adapter
 from core.config import Execution, ModelConfig
 from core.errors import InputError, Preempted
 from core.files import append_jsonl, read_jsonl, require_space, write_jsonl
+from core.hf import peft
 from core.inference import batch_losses
 from core.model import Variables
 from core.progress import Progress

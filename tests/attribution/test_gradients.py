@@ -15,7 +15,7 @@ from attribution import gradients
 from attribution.gradients import Spec
 from attribution.projection import Projection
 from core.config import Execution
-from core.convert import import_hf
+from core.hf.convert import import_hf
 
 ROOT = Path(__file__).parents[2]
 MODELS = (

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core import convert, files, safetensors
+from core import files, safetensors
 from core.checkpoint import load_model
+from core.hf import convert
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = ("gpt2_tiny", "gemma3_tiny", "neox_tiny")

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import tokenizers
-from core import adapter, checkpoint, families, model, peft, safetensors, schema
+from core import adapter, checkpoint, families, model, safetensors, schema
 from core.adapter import Adapter, LoraSpec
 from core.checkpoint import load_model, save_model
 from core.config import Execution, ModelConfig
 from core.errors import InputError
+from core.hf import peft
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASES = ("gpt2_tiny", "gemma3_tiny", "neox_tiny")

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core import attention, convert, families, files, model
+from core import attention, families, files, model
 from core.config import Execution
+from core.hf import convert
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = (

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 import tokenizers
-from core import adapter, checkpoint, convert, families, files, peft, safetensors, schema
+from core import adapter, checkpoint, families, files, safetensors, schema
 from core.config import ModelConfig
 from core.errors import InputError
+from core.hf import convert, peft
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ERRORS = (InputError, tokenizers.TokenizerError)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import convert, model
+from core import model
 from core.config import Execution
+from core.hf import convert
 
 TOLERANCE = 1e-5
 

@@ -14,7 +14,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-from core import adapter, checkpoint, families, peft, schema
+from core import adapter, checkpoint, families, schema
+from core.hf import peft
 from core.adapter import Adapter, LoraSpec
 from core.config import Execution, ModelConfig
 from core.errors import InputError

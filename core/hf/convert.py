@@ -3,8 +3,8 @@
 A row of `families.rows` names its tensors in the file and their layout, so both directions are one
 map between our stacked tree and the file's flat names. Import is strict: a tensor that is unknown,
 missing, given twice, of another shape or not finite is named and nothing is guessed. Both ways walk
-mapped files in small blocks, so their memory is the result and one block. `core.gate` says whether
-a folder means what we think it means.
+mapped files in small blocks, so their memory is the result and one block. `core.hf.gate` says
+whether a folder means what we think it means.
 """
 
 import dataclasses

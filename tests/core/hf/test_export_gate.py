@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import tokenizers
-from core import convert, families, files, gate, safetensors
+from core import families, files, safetensors
 from core.errors import InputError
 from core.families import gemma3, gpt2
+from core.hf import convert, gate
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 TOKENIZER = GOLDEN / "tokenizers" / "gpt2"
 WTE, C_PROJ = "transformer.wte.weight", "transformer.h.1.attn.c_proj.weight"
 

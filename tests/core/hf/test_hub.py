@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from core import hub
 from core.errors import InputError
+from core.hf import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -3,9 +3,9 @@
 Dims: B sequences, T tokens, N = B*T, D width, V vocabulary, C rows of one chunk of it.
 
 The files are read back and compared bit for bit with what was exported; then the logits that our
-own modules compute from them, on random, special and text ids, are compared with `core.reference`,
-the losses and greedily chosen tokens too, and the tokenizer's ids with those of the tokenizer that
-was exported. One layer and one chunk of the vocabulary are in memory at a time.
+own modules compute from them, on random, special and text ids, are compared with those of
+`core.hf.reference`, the losses and greedily chosen tokens too, and the ids of its tokenizer with
+those of the one that was exported. One layer and one chunk of the vocabulary are in memory at once.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core import convert, families, files, model, reference, safetensors
+from core import families, files, model, safetensors
 from core.config import ModelConfig
-from core.convert import Source
 from core.errors import InputError
+from core.hf import convert, reference
+from core.hf.convert import Source
 from core.schema import Params, check, put
 
 TOKENS = 256  # of each sequence, and more where a window must be passed

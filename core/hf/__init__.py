@@ -1,0 +1,1 @@
+"""Folders of other people: weights, adapters and tokenizers in the formats of Hugging Face."""
