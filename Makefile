@@ -33,7 +33,7 @@ demo: $(READY) ## trace, select, retrain and evaluate on a small embedded corpus
 	$(RUN) cli.py demo
 
 test: lint types ## set up, lint, check types, run the tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(DEV_READY) ## ruff: rules and formatting
 	$(RUN) -m ruff check .

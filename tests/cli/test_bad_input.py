@@ -154,7 +154,10 @@ MODELS = {
         "model/config.json cannot be read",
     ),
     "no fingerprint": (lambda: spoil("model/config.json", fingerprint=None), "fingerprint"),
-    "no weights": (lambda: shutil.rmtree("model/params"), "has no bytes"),
+    "no weights": (
+        lambda: os.unlink("model/params.safetensors"),
+        "params.safetensors does not exist",
+    ),
     "other weights": (
         lambda: spoil("model/config.json", model={**read_json("model.json"), "layers": 3}),
         "'blocks/attn_c_attn/b' has shape (2, 24), the config asks for (3, 24)",
@@ -240,10 +243,10 @@ def test_bad_weights_are_named(refused, bad):
     assert wanted in said and "hf" in said
 
 
-def test_a_truncated_checkpoint_is_named(refused, world):
-    largest = max((world / "model/params").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:50])
-    assert f"{largest.relative_to(world)} has 50 bytes" in refused(*NLL)
+def test_a_truncated_model_is_named(refused, world):
+    weights = world / "model/params.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert "model/params.safetensors is truncated" in refused(*NLL)
 
 
 OPTIONS = [
@@ -542,7 +545,7 @@ def test_a_full_disk_leaves_nothing_and_the_command_can_be_repeated(
 
 
 def test_a_checkpoint_that_would_not_fit_is_not_begun(refuse, run, monkeypatch, world):
-    """Orbax tells of a full disk in pages, from several threads."""
+    """Orbax, which writes the checkpoints, tells of a full disk in pages, from several threads."""
     command = [*TRAIN, "--steps", "2", "--save-every", "1"]
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(".")
