@@ -120,15 +120,20 @@ def load_rows(path: Path, loaded: Any) -> Any:
 
 
 def load_tokenizer(name: str | None, loaded: Any = None) -> Any:
+    """The tokenizer of that name or place, else the model's; it must fit the model."""
     import tokenizers
     from core.errors import InputError
+    from core.hf.gate import check_vocabulary
     from core.hf.hub import TOKENIZER_FILES, locate
 
     if name is None and (loaded is None or loaded.tokenizer is None):
         raise InputError("the model has no tokenizer beside it; name one with --tokenizer")
-    if name is None:
-        return tokenizers.load(loaded.tokenizer)
-    return tokenizers.load(name if name in TOKENIZER.known else locate(name, TOKENIZER_FILES))
+    place = name or loaded.tokenizer
+    place = place if place in TOKENIZER.known else locate(place, TOKENIZER_FILES)
+    tokenizer = tokenizers.load(place)
+    if loaded is not None:
+        check_vocabulary(tokenizer, loaded.config, place)
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------- convert

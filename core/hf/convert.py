@@ -21,6 +21,7 @@ import numpy as np
 from core import families, files, safetensors
 from core.config import ModelConfig
 from core.errors import InputError
+from core.families.hf_config import Keys
 from core.schema import Params, Row, full_shape, get, put
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -169,7 +170,19 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ModuleType]:
     for key in ("n_layer", "num_hidden_layers"):
         if isinstance(layers := content.get(key), int) and layers > MAX_LAYERS:
             raise InputError(f"{where}: {key}={layers} is more than any model; correct it")
-    return known[kind].from_hf(content, str(where)), known[kind]
+    return _with_ends(known[kind].from_hf(content, str(where)), folder), known[kind]
+
+
+def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with the ends of a text that `generation_config.json` adds, as for chat models."""
+    where = folder / "generation_config.json"
+    content = files.read_json(where) if where.exists() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{where} holds no JSON object; fetch it again or remove it")
+    ids = Keys({"eos_token_id": content.get("eos_token_id")}, str(where), config.family).ids()
+    ends = [i for i in (config.eos, *config.stops, ids["eos"], *ids["stops"]) if i is not None]
+    eos, *stops = dict.fromkeys(ends) or [None]
+    return dataclasses.replace(config, eos=eos, stops=tuple(stops))
 
 
 def _read_tensors(folder: Path) -> safetensors.Tensors:

@@ -161,7 +161,7 @@ def check_same_tokenizer(found: Tokenizer, expected: Tokenizer, folder: Path) ->
                 raise InputError(f"{folder}: the tokenizer encodes {text[:40]!r} otherwise")
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path | str) -> None:
     """Every ordinary token needs a row of the embedding.
 
     Control tokens may lie beyond it: Gemma's text models come with the id of an image token.
@@ -169,7 +169,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, folder: Path) ->
     largest = max(tokenizer.pieces.keys() - {*tokenizer.control.values()}, default=0)
     if largest >= config.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has token {largest}, the model a vocabulary of "
+            f"{where}: the tokenizer has token {largest}, the model a vocabulary of "
             f"{config.vocab_size}; take both from one model"
         )
 

@@ -386,6 +386,13 @@ def test_different_tokenizers_are_named(refused):
     assert "rows" in said and "query" in said and "different tokenizers" in said
 
 
+@pytest.mark.parametrize("command", [EVAL, ["generate", "--model", "model", "--prompt", "a"]])
+def test_a_tokenizer_larger_than_the_model_is_named(refused, command):
+    larger = Path(__file__).parents[1] / "golden" / "tokenizers" / "gpt2"
+    said = refused(*command, "--tokenizer", str(larger))
+    assert "the tokenizer has token 511, the model a vocabulary of 258" in said
+
+
 def test_rows_of_another_tokenizer_than_the_models_are_named(refused):
     other_tokenizer("rows")
     for command in (CONTINUE, NLL, BUILD, SCORE.split()):

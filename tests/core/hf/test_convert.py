@@ -279,6 +279,20 @@ def test_resident_memory_is_the_result(tmp_path):
     assert made < int(done.stdout) < 1.3 * made
 
 
+def test_generation_config_adds_ends(tmp_path):
+    """Chat models name the end of a turn there; it ends a text here too, and an export keeps it."""
+    folder = changed(tmp_path)
+    config, params = convert.import_hf(folder)
+    files.write_json(folder / "generation_config.json", {"eos_token_id": [config.eos, 7]})
+    found = convert.import_hf(folder)[0]
+    assert (found.eos, found.stops) == (config.eos, (7,)) and config.stops == ()
+    gate.export_hf(found, params, tmp_path / "out")
+    assert convert.import_hf(tmp_path / "out")[0] == found
+    files.write_json(folder / "generation_config.json", {"eos_token_id": "7"})
+    with pytest.raises(InputError, match="generation_config.json: eos_token_id must be a token id"):
+        convert.import_hf(folder)
+
+
 # Input that must be refused
 
 
