@@ -99,7 +99,7 @@ def hits(spec: LoraSpec, config: ModelConfig) -> list[Hit]:
         layers = tuple(_is_hit(spec, name.format(l=i), i) for i in range(config.layers))
         found += [Hit(site, layers)] if any(layers) else []
     if not found:
-        names = ", ".join(module_name(config, site) for site in every)
+        names = ", ".join(module_name(config, site).format(l="*") for site in every)
         raise InputError(
             f"the adapter's targets {spec.targets!r} name no linear map of this "
             f"{config.layers}-layer {config.family} model; it has {names}"
