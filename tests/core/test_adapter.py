@@ -149,9 +149,7 @@ def test_targets_are_found_as_peft_finds_them(targets, fields, sites, layers):
     "targets", [("q_proj",), "c_attn", r"h\.0\..*", ("transformer.h.3.mlp.c_fc",)]
 )
 def test_targets_that_name_nothing_are_refused_and_told_what_there_is(targets):
-    with pytest.raises(
-        InputError, match=r"name no linear map.*transformer\.h\.\{l\}\.attn\.c_attn"
-    ):
+    with pytest.raises(InputError, match=r"no linear map.*transformer\.h\.\*\.attn\.c_attn"):
         adapter.hits(spec_of(targets), TINY)
 
 
