@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from attribution.commands import attribute_group
 from core.command import (
     MODEL,
     NATURAL,
@@ -21,9 +22,16 @@ from core.command import (
     POSITIVE,
     SEED,
     TOKENIZER,
+    Door,
     Finite,
     Group,
-    options,
+    adapter_option,
+    batch_tokens_option,
+    execution,
+    execution_options,
+    load_model,
+    model_option,
+    out_option,
     producing,
     running,
     show,
@@ -31,7 +39,7 @@ from core.command import (
 )
 
 
-class Door(Group):
+class Cli(Group):
     """`tokenizers` imports nothing of ours, so its errors are known here only."""
 
     def is_input(self, error: BaseException) -> bool:
@@ -41,13 +49,15 @@ class Door(Group):
 
 
 @click.group(
-    cls=Door, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+    cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Trace what a language model does back to the tokens that taught it, and prove the trace."""
     from core.allocator import keep_freed_memory
 
     keep_freed_memory()
+    context.obj = Door(load_rows, load_tokenizer)
 
 
 def group(name: str, help: str) -> click.Group:
@@ -60,54 +70,8 @@ convert_group = group("convert", "Hugging Face folders to model folders and back
 data_group = group("data", "Text and benchmark items to rows of token ids.")
 train_group = group("train", "Training.")
 eval_group = group("eval", "Losses and benchmark scores.")
-attribute_group = group("attribute", "Gradient influence of pool rows on a query.")
+cli.add_command(attribute_group)
 bench_group = group("bench", "Speed and memory, as ratios measured in one run.")
-
-
-out_option = click.option("--out", type=PATH, required=True, help="folder to make")
-adapter_option = click.option(
-    "--adapter", type=MODEL, help="PEFT folder, or run that made one, to attach to the model"
-)
-model_option = options(
-    click.option("--model", type=MODEL, required=True,
-                 help="model folder, finished run, Hugging Face folder or hub name"),
-    adapter_option,
-)  # fmt: skip
-execution_options = options(
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
-                 help="of activations and matmuls"),
-    click.option("--layers", type=click.Choice(["auto", "scan", "unrolled"]), default="auto",
-                 help="compile one block or all"),
-    click.option("--remat/--no-remat", default=False, help="recompute blocks in the backward pass"),
-    click.option("--loss-chunk", type=NATURAL, default=0,
-                 help="tokens whose logits are held at once; 0 = auto"),
-)  # fmt: skip
-batch_tokens_option = click.option(
-    "--batch-tokens", type=POSITIVE, default=8192, help="tokens of a batch, padding included"
-)
-gradient_options = options(
-    click.option("--projection-dim", type=NATURAL, default=16,
-                 help="P of the P x P projection of each site; 0 = unprojected"),
-    click.option("--projection", type=click.Choice(["rademacher", "normal"]), default="rademacher"),
-    click.option("--projection-seed", type=SEED, default=0),
-    click.option("--include-bias", is_flag=True, help="the bias gradient as a last column"),
-    click.option("--loss", type=click.Choice(["sum", "mean"]), default="sum",
-                 help="of an example, over its supervised tokens"),
-    click.option("--gradients", type=click.Choice(["weight", "adapter"]),
-                 help="of the weights or the adapter's factors; default: adapter if there is one"),
-)  # fmt: skip
-
-
-def execution(opts: dict[str, Any]) -> Any:
-    from core.config import Execution
-
-    return Execution(opts["dtype"], opts["layers"], opts["remat"], opts["loss_chunk"])
-
-
-def load_model(path: Path, adapter: Path | None = None, dtype: str = "float32") -> Any:
-    from core.checkpoint import load_model
-
-    return load_model(path, adapter, dtype)
 
 
 def load_rows(path: Path, loaded: Any) -> Any:
@@ -475,123 +439,6 @@ def eval_run(**opts: Any) -> None:
                  "close_items", "truncated_items", "alone_choices")  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------- attribute
-
-
-def gradient_spec(opts: dict[str, Any], loaded: Any, row_norm: bool = False) -> Any:
-    from attribution.gradients import Spec
-    from attribution.projection import Projection
-    from core.errors import InputError
-
-    scale = "row_norm" if row_norm else "jl"
-    projection = Projection(
-        opts["projection_dim"], opts["projection"], scale, opts["projection_seed"]
-    )
-    if opts["gradients"] == "adapter" and not loaded.adapter:
-        raise InputError("--gradients adapter needs a model with an adapter; give --adapter")
-    lora = loaded.adapter.spec if loaded.adapter and opts["gradients"] != "weight" else None
-    return Spec(projection, opts["include_bias"], opts["loss"], lora)
-
-
-@attribute_group.command("build")
-@model_option
-@click.option("--rows", type=PATH, required=True)
-@out_option
-@gradient_options
-@batch_tokens_option
-@execution_options
-def attribute_build(**opts: Any) -> None:
-    """Store the projected gradient of every row; resumable."""
-    from attribution.store import Pass, build
-
-    with running("attribute build", opts) as run:
-        if run is None:
-            return
-        loaded = load_model(opts["model"], opts["adapter"])
-        rows = load_rows(opts["rows"], loaded)
-        source = Pass(
-            loaded, rows, gradient_spec(opts, loaded), execution(opts), opts["batch_tokens"]
-        )
-        info = build(run, source)
-        run.finish(rows=info["rows_count"])
-        shares = {f"share_of_{name}": share for name, share in info["coverage"].items()}
-        show(run.path, {"rows": info["rows_count"], "features": info["width"], **shares})
-
-
-@attribute_group.command("score")
-@model_option
-@click.option("--pool", type=PATH, required=True, help="rows, or a store of `attribute build`")
-@click.option("--query", type=PATH, required=True, help="rows")
-@out_option
-@click.option("--mode", type=click.Choice(["mean", "max", "each"]), default="mean",
-              help="how the queries are put together")  # fmt: skip
-@click.option("--precondition", type=click.Choice(["none", "query", "pool", "mixed"]),
-              default="none", help="whose gradient autocorrelation is inverted")  # fmt: skip
-@click.option("--damping", type=Finite(0), default=0.1, help="share of the mean eigenvalue")
-@click.option("--unit-norm", is_flag=True, help="compare directions, not lengths")
-@click.option("--convention", type=click.Choice(["clean", "notes"]), default="clean",
-              help="see attribution/score.py; notes also takes normal projections with rows of "
-              "unit length and mean losses")  # fmt: skip
-@gradient_options
-@batch_tokens_option
-@execution_options
-def attribute_score(**opts: Any) -> None:
-    """Score every pool row by its influence on the query; positive = proponent."""
-    from attribution.score import Settings, score
-    from attribution.store import Pass, Store, is_store
-    from core.rows import same_tokenizer
-
-    notes = opts["convention"] == "notes"
-    if notes:
-        opts |= {"projection": "normal", "loss": "mean"}
-    with running("attribute score", opts) as run:
-        if run is None:
-            return
-        loaded = load_model(opts["model"], opts["adapter"])
-        spec = gradient_spec(opts, loaded, row_norm=notes)
-        settings = Settings(
-            opts["mode"], opts["precondition"], opts["damping"], opts["unit_norm"],
-            opts["convention"],
-        )  # fmt: skip
-        query_rows = load_rows(opts["query"], loaded)
-        store = Store(opts["pool"]) if is_store(opts["pool"]) else None
-        if store:
-            store.check(spec, loaded.fingerprint)
-        pool_rows = load_rows(store.rows_path if store else opts["pool"], loaded)
-        if store:
-            store.check_rows(pool_rows)
-        same_tokenizer(pool_rows, query_rows)
-        how = (spec, execution(opts), opts["batch_tokens"])
-        query, pool = Pass(loaded, query_rows, *how), store or Pass(loaded, pool_rows, *how)
-        summary = score(run, pool, query, settings, pool_rows)
-        run.finish(rows=summary["rows"])
-        show(run.path, {"rows": summary["rows"], **summary["score"]})
-
-
-@attribute_group.command("select")
-@click.argument("scores", type=PATH)
-@click.option("--rows", type=PATH, required=True, help="the rows that were scored")
-@click.option("--k", type=POSITIVE, required=True, help="rows of the top")
-@click.option("--strategy", type=click.Choice(["top", "bottom", "random", "matched-random"]),
-              default="top")  # fmt: skip
-@click.option("--seed", type=SEED, default=0, help="of random draws and of ties")
-@click.option("--out", type=PATH, help="folder; default: SCORES/subsets/STRATEGY-kK-seedS")
-def attribute_select(**opts: Any) -> None:
-    """Choose rows by score, or at random with as many trained tokens as the top k."""
-    from attribution.select import select
-    from core.rows import load_rows
-
-    name = f"{opts['strategy']}-k{opts['k']}-seed{opts['seed']}"
-    opts["out"] = opts["out"] or opts["scores"] / "subsets" / name
-    with producing("attribute select", opts) as folder:
-        if folder is not None:
-            rows = load_rows(opts["rows"])
-            selection = select(
-                opts["scores"], rows, opts["k"], opts["strategy"], opts["seed"], folder
-            )
-            show(opts["out"], selection, "strategy", "k", "seed", "rows", "trained_tokens")
-
-
 # ------------------------------------------------------------------------------------ generate
 
 
@@ -778,7 +625,9 @@ def run_command(config: Path, out: Path | None) -> None:
     given = {key: value for key, value in given.items() if value is not None}  # null = default
     given |= {"out": out} if out else {}
     try:
-        context = command.make_context(name, [], default_map=given)
+        context = command.make_context(
+            name, [], default_map=given, obj=Door(load_rows, load_tokenizer)
+        )
     except TypeError as error:  # click expects texts, or values of the right type
         raise InputError(f"{config}: an option has a value of another kind ({error})") from error
     with context:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -58,6 +58,17 @@ class TokenizerName(HubName):
 
 
 MODEL, TOKENIZER = HubName(), TokenizerName()
+
+
+class Door(NamedTuple):
+    """What the door hands to commands (`click.pass_obj`) of rooms that may not import `tokenizers`.
+
+    rows: (path, loaded model) -> rows that fit it. tokenizer: (name or None, loaded model) -> the
+    tokenizer of that name or the model's own.
+    """
+
+    rows: Callable[[Path, Any], Any]
+    tokenizer: Callable[[str | None, Any], Any]
 
 
 def tidy(text: str) -> str:
@@ -158,3 +169,38 @@ def show(path: Path, values: dict[str, Any], *names: str) -> None:
         elif isinstance(value, int) and value:
             parts.append(f"{name} {value:,}")
     click.echo(tidy(f"{path}: {', '.join(parts)}"))
+
+
+out_option = click.option("--out", type=PATH, required=True, help="folder to make")
+adapter_option = click.option(
+    "--adapter", type=MODEL, help="PEFT folder, or run that made one, to attach to the model"
+)
+model_option = options(
+    click.option("--model", type=MODEL, required=True,
+                 help="model folder, finished run, Hugging Face folder or hub name"),
+    adapter_option,
+)  # fmt: skip
+execution_options = options(
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
+                 help="of activations and matmuls"),
+    click.option("--layers", type=click.Choice(["auto", "scan", "unrolled"]), default="auto",
+                 help="compile one block or all"),
+    click.option("--remat/--no-remat", default=False, help="recompute blocks in the backward pass"),
+    click.option("--loss-chunk", type=NATURAL, default=0,
+                 help="tokens whose logits are held at once; 0 = auto"),
+)  # fmt: skip
+batch_tokens_option = click.option(
+    "--batch-tokens", type=POSITIVE, default=8192, help="tokens of a batch, padding included"
+)
+
+
+def execution(opts: dict[str, Any]) -> Any:
+    from core.config import Execution
+
+    return Execution(opts["dtype"], opts["layers"], opts["remat"], opts["loss_chunk"])
+
+
+def load_model(path: Path, adapter: Path | None = None, dtype: str = "float32") -> Any:
+    from core.checkpoint import load_model
+
+    return load_model(path, adapter, dtype)
