@@ -540,21 +540,26 @@ preset_option = click.option(
 @preset_option
 @click.option("--batch", type=POSITIVE, default=8, help="rows")
 @click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
-@click.option("--projection-dim", type=POSITIVE, default=16, help="P of the P x P projection")
+@click.option("--projection-dim", type=POSITIVE, multiple=True, default=(16, 32),
+              help="P of the P x P projection, may be repeated")  # fmt: skip
 @click.option("--repeats", type=POSITIVE, default=7, help="alternating, of which the median")
-@click.option("--naive/--no-naive", default=True, help="also time vmap(grad) + projection")
+@click.option("--program", "programs", multiple=True, help="to time beside value_and_grad, may be "
+              "repeated (see attribution/bench.py); default: all")  # fmt: skip
 @click.option("--parts/--no-parts", default=False, help="also time a training step's pieces")
 @click.option("--out", type=PATH, help="a .json file for the result")
 @execution_options
 def bench_attribution(**opts: Any) -> None:
-    """Time the projected per-example pass against value-and-grad, forward and vmap(grad)."""
-    from attribution.bench import bench, table
+    """Time attribution's passes against value-and-grad, forward and vmap(grad)."""
+    from attribution.bench import PROGRAMS, bench, table
+    from core.errors import InputError
     from core.files import atomic, dumps
 
+    if unknown := sorted({*opts["programs"]} - {*PROGRAMS}):
+        raise InputError(f"--program {unknown[0]} is unknown; known: {', '.join(PROGRAMS)}")
     with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
         result = bench(
             opts["preset"], opts["batch"], opts["length"], opts["projection_dim"], opts["repeats"],
-            opts["naive"], opts["parts"], execution(opts),
+            opts["programs"] or PROGRAMS, opts["parts"], execution(opts),
         )  # fmt: skip
         if file is not None:
             file.write(f"{dumps(result, indent=2)}\n".encode())

@@ -1,164 +1,157 @@
 """The per-example gradient pass: one backward, no weight gradient, every site at once.
 
-Dims: B examples, T tokens, L layers, P projected, D features of an example.
+Dims: B examples, T tokens, L layers, I inputs, O outputs, P projected, D features of an example.
 
 Differentiating the summed loss with respect to the sinks alone gives every example's gradient
-statistic. An example's features are its sites' gradients, flattened row-major and concatenated in
-the model's module order (layer by layer). The sites are the linear maps of the blocks, or the two
-factors of each map that has an adapter.
+statistic of every matrix that `attribution.targets` lists.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attribution import normalizer as normalizer_
 from attribution import rules
-from attribution.projection import VERSION, Projection, pair
-from core import adapter as adapters
-from core import families, model, schema
-from core.adapter import LoraSpec
+from attribution.normalizer import Adafactor, Adam
+from attribution.projection import Projection, dense, pair
+from attribution.rules import Normalised, Pair
+from attribution.targets import (  # noqa: F401
+    EMBEDDING,
+    HEAD,
+    Feature,
+    Spec,
+    Target,
+    Tree,
+    coverage,
+    features,
+    flatten,
+    sites,
+    targets,
+    unflatten,
+    width,
+)
+from core import model, schema
 from core.config import Execution, ModelConfig
 from core.errors import InputError
-from core.files import jsonable
 from core.linear import Rule, Sink
+from core.loss import NLL, Objective
 
 Aux = dict[str, Any]
 
 
-class Spec(NamedTuple):
-    """What is collected. loss: an example's loss is the `sum` or `mean` of its token losses.
+def projections(config: ModelConfig, spec: Spec, normalizer: Adam | Adafactor | None = None) -> Aux:
+    """What the rules of every sink need: random matrices, and scales of a normaliser.
 
-    adapter: collect the gradients of an adapter's factors instead of the weights'.
+    Adafactor's factors go into the matrices, where they cost nothing. Adam's scale G entry by
+    entry, so that G is formed.
     """
-
-    projection: Projection = Projection()
-    include_bias: bool = False
-    loss: Literal["sum", "mean"] = "sum"
-    adapter: LoraSpec | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        projection = {**self.projection._asdict(), "version": VERSION}
-        lora = self.adapter and jsonable(dataclasses.asdict(self.adapter))
-        return {**self._asdict(), "projection": projection, "adapter": lora}
-
-
-class Feature(NamedTuple):
-    """Where one site's gradient stands among an example's features."""
-
-    name: str
-    offset: int
-    shape: tuple[int, int]
+    projection = spec.projection
+    if projection.dim < 0:
+        raise InputError(f"--projection-dim must not be negative, got {projection.dim}")
+    if (normalizer is None) != (spec.normalizer is None):
+        raise InputError("the spec and the normaliser differ; give the same --normalizer")
+    if projection.target == "global" and (projection.dim == 0 or spec.heads):
+        raise InputError("a global sketch needs --projection-dim, and has no heads; leave --heads "
+                         "out or use --projection-target site")  # fmt: skip
+    if (projection.dense or spec.heads) and normalizer is not None:
+        raise InputError("heads and dense sketches are not normalised; leave --normalizer out")
+    made = {t.sink: _aux(projection, t, spec.include_bias) for t in targets(config, spec)}
+    if normalizer is None:
+        return made if projection.dim else {}
+    return {sink: _normalised(made[sink], normalizer, sink) for sink in made}
 
 
-class Target(NamedTuple):
-    """A matrix whose gradient is caught: its place in the `sinks` collection, its name and size."""
-
-    sink: str
-    site: schema.Site
-    layers: tuple[bool, ...]
-
-
-def sites(config: ModelConfig) -> list[schema.Site]:
-    return schema.sites(families.rows(config))
-
-
-def targets(config: ModelConfig, spec: Spec) -> list[Target]:
-    """What is collected, in module order; a factor is named as PEFT names it, and has no bias."""
-    if spec.adapter is None:
-        every = (True,) * config.layers
-        return [Target(f"{site.path}/weight", site, every) for site in sites(config)]
-    found = []
-    for site, layers in adapters.hits(spec.adapter, config):
-        sizes = {"a": (site.inputs, spec.adapter.rank), "b": (spec.adapter.rank, site.outputs)}
-        for factor, (inputs, outputs) in sizes.items():
-            name = f"{site.name}.lora_{factor.upper()}"
-            matrix = schema.Site(f"{site.path}/{factor}", name, inputs, outputs, bias=False)
-            found.append(Target(f"{site.path}/lora_{factor}", matrix, layers))
-    return found
+def _aux(projection: Projection, target: Target, bias: bool) -> Any:
+    depth, site = len(target.layers), target.site
+    if projection.dim == 0:
+        return None
+    if projection.dense:
+        return dense(projection, site, depth, bias)
+    if not target.rows:
+        return pair(projection, site, depth, bias)
+    left_LHOP = jnp.stack(
+        [
+            pair(projection, site._replace(name=name, outputs=len(rows)), depth, bias).left_OP
+            for name, rows in zip(target.head_names, target.rows, strict=True)
+        ],
+        axis=1,
+    )
+    return Pair(left_LHOP, pair(projection, site, depth, bias).right_IP)
 
 
-def features(config: ModelConfig, spec: Spec) -> list[Feature]:
-    """The layout of an example's features, in module order."""
-    layout, offset = [], 0
-    for layer in range(config.layers):
-        for target in targets(config, spec):
-            if target.layers[layer]:
-                shape = _shape(spec, target.site)
-                layout.append(Feature(target.site.name.format(l=layer), offset, shape))
-                offset += shape[0] * shape[1]
-    return layout
+def _normalised(aux: Pair | None, normalizer: Adam | Adafactor, sink: str) -> Any:
+    if isinstance(normalizer, Adam):
+        scale_LOI = normalizer_.divide(normalizer)[sink]
+        return scale_LOI if aux is None else Normalised(aux, scale_LOI)
+    g_LO, x_LI, bias_LO = normalizer_.scales(normalizer, sink)
+    if aux is None:
+        scale_LOI = g_LO[..., None] * x_LI[:, None]
+        parts = [scale_LOI] if bias_LO is None else [scale_LOI, bias_LO[..., None]]
+        return jnp.concatenate(parts, -1)
+    right_LIP = aux.right_IP.at[:, : x_LI.shape[1]].multiply(x_LI[..., None])
+    bias_LOP = None if bias_LO is None else aux.left_OP * bias_LO[..., None]
+    return Pair(aux.left_OP * g_LO[..., None], right_LIP, bias_LOP)
 
 
-def _shape(spec: Spec, site: schema.Site) -> tuple[int, int]:
-    p = spec.projection.dim
-    return (p, p) if p else (site.outputs, site.inputs + (spec.include_bias and site.bias))
-
-
-def width(config: ModelConfig, spec: Spec) -> int:
-    """D, the number of features of an example."""
-    last = features(config, spec)[-1]
-    return last.offset + last.shape[0] * last.shape[1]
-
-
-def coverage(config: ModelConfig, spec: Spec) -> dict[str, float]:
-    """Share of the parameters, and of a token's matmul FLOPs, that the sites stand for."""
-    covered = sum(sum(t.layers) * t.site.inputs * t.site.outputs for t in targets(config, spec))
-    rows = families.rows(config)
-    total = sum(size_of(schema.full_shape(row, config.layers)) for row in rows)
-    matmul = config.layers * sum(s.inputs * s.outputs for s in sites(config))
-    matmul += config.vocab_size * config.width
-    added = covered if spec.adapter else 0
-    return {
-        "parameters": covered / (total + added),
-        "matmul_flops": covered / (matmul + added),
-    }
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
-
-
-def projections(config: ModelConfig, spec: Spec) -> Aux:
-    """The projection matrices of every site by its sink; empty when unprojected."""
-    if spec.projection.dim < 0:
-        raise InputError(f"--projection-dim must not be negative, got {spec.projection.dim}")
+def rule_of(spec: Spec, target: Target) -> Rule:
+    """What the target's sink emits for `example_gradients`."""
+    bias = spec.include_bias and target.site.bias
     if spec.projection.dim == 0:
-        return {}
-    return {
-        target.sink: pair(spec.projection, target.site, config.layers, spec.include_bias)
-        for target in targets(config, spec)
-    }
+        return rules.Full(bias)
+    if spec.projection.dense:
+        return rules.Sketch(bias)
+    if spec.normalizer is not None and spec.normalizer[0] == "adam":
+        return rules.ProjectFull(bias)
+    return rules.ProjectHeads(target.rows) if target.rows else rules.Project()
 
 
 def catch(
     config: ModelConfig,
     execution: Execution,
     variables: model.Variables,
-    rule: Rule,
+    rule: Rule | dict[str, Rule],
     aux: Aux,
     outs: Aux,
     ids_BT: jax.Array,
     labels_BT: jax.Array,
     weights_BT: jax.Array,
+    objective: Objective = NLL,
 ) -> tuple[Aux, jax.Array]:
     """Run one backward pass into sinks: (statistics by sink, token losses [B,T]).
 
-    outs: zeros in the shape of each sink's statistic, with a leading layer axis; aux: likewise, or
+    rule: of all sinks, or of each. outs: zeros in the shape of each sink's statistic, with a
+    leading layer axis (of size 1 for the embedding and the output matrix); aux: likewise, or
     nothing for a rule that needs none.
     """
 
     def loss(outs: Aux) -> tuple[jax.Array, jax.Array]:
         sinks: Aux = {}
         for place, out in outs.items():
-            schema.put(sinks, place, Sink(rule, aux.get(place), out))
+            of = rule[place] if isinstance(rule, dict) else rule
+            sink = Sink(of, aux.get(place), out)
+            if place not in (EMBEDDING, HEAD):
+                schema.put(sinks, place, sink)
+                continue
+            sink = dataclasses.replace(sink, **_unstacked(aux.get(place), out))
+            if place == EMBEDDING:
+                lookup = rules.of_lookup(of, config.vocab_size)
+                schema.put(sinks, place, dataclasses.replace(sink, rule=lookup))
+            if place == HEAD or config.tied:  # a tied matrix's two uses add up in one statistic
+                sinks[HEAD] = sink
         caught = {**variables, "sinks": sinks}
-        return model.weighted_loss(config, execution, caught, ids_BT, labels_BT, weights_BT)
+        return model.weighted_loss(
+            config, execution, caught, ids_BT, labels_BT, weights_BT, objective=objective
+        )
 
     return jax.grad(loss, has_aux=True)(outs)
+
+
+def _unstacked(aux: Any, out: Any) -> dict[str, Any]:
+    return {"aux": jax.tree.map(lambda x: x[0], aux), "out": jax.tree.map(lambda x: x[0], out)}
 
 
 def example_weights(labels_BT: jax.Array, loss: str, dtype: Any = jnp.float32) -> jax.Array:
@@ -179,24 +172,31 @@ def example_gradients(
     aux: Aux,
     ids_BT: jax.Array,
     labels_BT: jax.Array,
+    advantages_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(features float32 [B,D], summed token loss float32 [B]) of every example of a batch.
 
-    aux: from `projections`. A padding row (all labels -100) has zero features.
+    aux: from `projections`. advantages_B: factors of the examples' losses. A padding row (all
+    labels -100) has zero features.
     """
-    b, layers, found = ids_BT.shape[0], config.layers, targets(config, spec)
+    b, found = ids_BT.shape[0], targets(config, spec)
     wide = np.promote_types(variables["params"]["embed"]["wte"].dtype, jnp.float32)
-    bias = spec.include_bias and any(t.site.bias for t in found)  # all of a family's sites, or none
-    rule = rules.Project() if spec.projection.dim else rules.Full(bias)
-    outs = {t.sink: jnp.zeros((layers, b, *_shape(spec, t.site)), wide) for t in found}
+    outs = {t.sink: jnp.zeros((len(t.layers), b, *_emitted(spec, t)), wide) for t in found}
     weights_BT = example_weights(labels_BT, spec.loss, wide)
+    if advantages_B is not None:
+        weights_BT = weights_BT * advantages_B.astype(wide)[:, None]
     caught, nll_BT = catch(
-        config, execution, variables, rule, aux, outs, ids_BT, labels_BT, weights_BT
-    )
-    parts = [caught[t.sink].reshape(layers, b, -1).swapaxes(0, 1) for t in found]
-    features_BD = jnp.concatenate(parts, axis=-1).reshape(b, -1)
-    if not all(all(t.layers) for t in found):  # some layers have no adapter
-        hit = [t.layers[layer] for layer in range(layers) for t in found]
-        sizes = [size_of(_shape(spec, t.site)) for t in found]
-        features_BD = features_BD[:, np.flatnonzero(np.repeat(hit, sizes * layers))]
-    return features_BD, nll_BT.sum(1)
+        config, execution, variables, {t.sink: rule_of(spec, t) for t in found}, aux, outs, ids_BT,
+        labels_BT, weights_BT, spec.objective,
+    )  # fmt: skip
+    return flatten(config, spec, caught), nll_BT.sum(1)
+
+
+def _emitted(spec: Spec, target: Target) -> tuple[int, ...]:
+    """The shape of an example's statistic."""
+    p, site = spec.projection.dim, target.site
+    if spec.projection.dense:
+        return (p,)
+    if p:
+        return (len(target.rows), p, p) if target.rows else (p, p)
+    return site.outputs, site.inputs + (spec.include_bias and site.bias)

@@ -31,8 +31,8 @@ def overlapped(batches: Any, compute: Callable[[Batch], Any], start: int = 0) ->
 
 
 def placer() -> Callable[[Batch], tuple[jax.Array, jax.Array]]:
-    """A function that puts a batch's ids and labels on all devices, split by rows."""
-    where = sharding.over_rows(sharding.make_mesh())
+    """A function that puts a batch's ids and labels on this process's devices, split by rows."""
+    where = sharding.over_rows(sharding.local_mesh())
     return lambda batch: (
         sharding.place(batch.ids_BT, where),
         sharding.place(batch.labels_BT, where),

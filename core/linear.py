@@ -63,6 +63,14 @@ def _sink_backward(rule: Rule, residual: Any, g_BTO: jax.Array):
 _sink.defvjp(_sink_forward, _sink_backward)
 
 
+def catch(sink: Sink | None, y: jax.Array, x: jax.Array) -> jax.Array:
+    """y, whose cotangent the sink will see together with x: a map's output and its input.
+
+    Of a lookup y = W[x], x are the row numbers.
+    """
+    return y if sink is None else _sink(sink.rule, y, x, sink.aux, sink.out)
+
+
 def tap(module: nn.Module, name: str, x: jax.Array) -> None:
     """Hand out an activation when the `taps` collection is asked for; costs nothing otherwise."""
     module.sow("taps", name, x, reduce_fn=lambda _, new: new, init_fn=lambda: x)
@@ -100,5 +108,4 @@ class Linear(nn.Module):
         return jnp.where(kept_BTI, x_BTI / keep.astype(x_BTI.dtype), 0)
 
     def _catch(self, name: str, y_BTO: jax.Array, x_BTI: jax.Array) -> jax.Array:
-        sink = self.get_variable("sinks", name)
-        return y_BTO if sink is None else _sink(sink.rule, y_BTO, x_BTI, sink.aux, sink.out)
+        return catch(self.get_variable("sinks", name), y_BTO, x_BTI)

@@ -6,14 +6,16 @@ Both routes walk chunks of positions. Positions that carry no label are first so
 others, so a chunk of only such positions costs nothing: a query with two answer tokens pays for
 one chunk. nll = logsumexp(z) - z[label]; its derivative in z is softmax(z) - onehot(label).
 
-`token_nll` is plain code that any mode of differentiation passes through; it recomputes logits in
-the backward pass. `weighted_nll` knows the weights beforehand, so its forward pass leaves behind
-the finished gradients and no logits are formed twice (Liger-Kernel, arXiv 2410.10989). Its two
-rules are plain differentiable code: forward mode may be applied to its gradient.
+`token_losses` is plain code that any mode of differentiation passes through, for every
+`Objective`; it recomputes logits in the backward pass. `weighted_nll` knows the weights beforehand,
+so its forward pass leaves behind the finished gradients and no logits are formed twice
+(Liger-Kernel, arXiv 2410.10989). Its two rules are plain differentiable code: forward mode may be
+applied to its gradient.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,21 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 IGNORED = -100
+
+
+class Objective(NamedTuple):
+    """What a token costs, in nats.
+
+    nll: -log p(label); of its weight, the share `smoothing` is spread evenly over the vocabulary.
+    log-odds: -log(p / (1 - p)) of the label (TRAK, arXiv 2303.14186).
+    kl: KL(p || p_base), where p_base belongs to other hidden states, of the same output matrix.
+    """
+
+    kind: Literal["nll", "log-odds", "kl"] = "nll"
+    smoothing: float = 0.0
+
+
+NLL = Objective()
 
 
 class Chunks(NamedTuple):
@@ -72,30 +89,64 @@ def _pick(x_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BCV, jnp.maximum(targets_BC, 0)[..., None], axis=-1)[..., 0]
 
 
-def token_nll(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk: int
-) -> jax.Array:
-    """-log p(target) at every position, float32 [B,T]; 0 where the target is -100.
+def _cost(z_BCV: jax.Array, y_BC: jax.Array, base_BCV: jax.Array | None, objective: Objective):
+    """The objective of every position, [B,C]."""
+    if objective.kind == "kl":
+        assert base_BCV is not None
+        logp_BCV, base_BCV = jax.nn.log_softmax(z_BCV), jax.nn.log_softmax(base_BCV)
+        return (jnp.exp(logp_BCV) * (logp_BCV - base_BCV)).sum(-1)
+    picked_BC = _pick(z_BCV, y_BC)
+    if objective.kind == "log-odds":
+        is_label_BCV = jnp.arange(z_BCV.shape[-1], dtype=y_BC.dtype)[None, None] == y_BC[..., None]
+        return jax.nn.logsumexp(jnp.where(is_label_BCV, -jnp.inf, z_BCV), -1) - picked_BC
+    share = objective.smoothing
+    if share:
+        picked_BC = (1 - share) * picked_BC + share * z_BCV.mean(-1)
+    return jax.nn.logsumexp(z_BCV, -1) - picked_BC
 
-    chunk: positions of the batch whose logits are held at once.
+
+def token_losses(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+    objective: Objective = NLL,
+    base_BTD: jax.Array | None = None,
+    catch: Callable[[jax.Array, jax.Array], jax.Array] = lambda z_BCV, h_BCD: z_BCV,
+) -> jax.Array:
+    """The objective at every position, float32 [B,T]; 0 where the target is -100.
+
+    chunk: positions of the batch whose logits are held at once. base_BTD: the other hidden states
+    of `kl`. catch: an identity on the logits of a chunk that sees them and their hidden states.
     """
-    chunks = _chunks(hidden_BTD, targets_BT, chunk)
+    hiddens = hidden_BTD if base_BTD is None else jnp.stack([hidden_BTD, base_BTD], -2)
+    chunks = _chunks(hiddens.reshape(*hidden_BTD.shape[:2], -1), targets_BT, chunk)
+    d = hidden_BTD.shape[-1]
 
     @jax.checkpoint
-    def nll(h_BCD: jax.Array, y_BC: jax.Array) -> jax.Array:
-        z_BCV = _logits(h_BCD, head_VD)
-        return jnp.where(y_BC == IGNORED, 0, jax.nn.logsumexp(z_BCV, -1) - _pick(z_BCV, y_BC))
+    def cost(h_BCD: jax.Array, y_BC: jax.Array) -> jax.Array:
+        base_BCV = None if base_BTD is None else _logits(h_BCD[..., d:], head_VD)
+        h_BCD = h_BCD[..., :d]
+        cost_BC = _cost(catch(_logits(h_BCD, head_VD), h_BCD), y_BC, base_BCV, objective)
+        return jnp.where(y_BC == IGNORED, 0, cost_BC)
 
     if chunks.hidden.shape[0] == 1:
-        return nll(chunks.hidden[0], chunks.targets[0])
+        return cost(chunks.hidden[0], chunks.targets[0])
 
     def body(carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         h_BCD, y_BC = chunk
         zeros = jnp.zeros(y_BC.shape, np.promote_types(h_BCD.dtype, jnp.float32))
-        return carry, jax.lax.cond((y_BC != IGNORED).any(), nll, lambda *_: zeros, h_BCD, y_BC)
+        return carry, jax.lax.cond((y_BC != IGNORED).any(), cost, lambda *_: zeros, h_BCD, y_BC)
 
-    _, nll_nBC = jax.lax.scan(body, None, (chunks.hidden, chunks.targets))
-    return _unchunk(nll_nBC, chunks.order_BT)
+    _, cost_nBC = jax.lax.scan(body, None, (chunks.hidden, chunks.targets))
+    return _unchunk(cost_nBC, chunks.order_BT)
+
+
+def token_nll(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk: int
+) -> jax.Array:
+    """-log p(target) at every position, float32 [B,T]; 0 where the target is -100."""
+    return token_losses(hidden_BTD, head_VD, targets_BT, chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

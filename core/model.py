@@ -19,7 +19,8 @@ from flax import linen as nn
 from core import families, loss
 from core.attention import CACHE
 from core.config import Execution, ModelConfig
-from core.linear import tap
+from core.linear import catch, tap
+from core.loss import NLL, Objective
 from core.schema import Params
 
 Variables = dict[str, Any]
@@ -129,15 +130,23 @@ def token_losses(
     variables: Variables,
     ids_BT: jax.Array,
     labels_BT: jax.Array,
+    objective: Objective = NLL,
 ) -> jax.Array:
-    """-log p(labels[t] | ids[<t]) in nats, float32 [B,T], 0 where unsupervised.
+    """-log p(labels[t] | ids[<t]) in nats (or another objective), [B,T], 0 where unsupervised.
 
-    Any derivative may be taken of it.
+    Any derivative may be taken of it. `kl` compares a model with an adapter to the model without.
     """
     h_BTD = hidden(config, execution, variables, ids_BT)
     chunk = execution.tokens_per_chunk(config.vocab_size)
-    w_VD = head(config, variables["params"])
-    return _aligned(loss.token_nll(h_BTD, w_VD, targets(labels_BT), chunk))
+    params = variables["params"]
+    base_BTD = None
+    if objective.kind == "kl":
+        base_BTD = jax.lax.stop_gradient(hidden(config, execution, {"params": params}, ids_BT))
+    found_BT = loss.token_losses(
+        h_BTD, head(config, params), targets(labels_BT), chunk, objective, base_BTD,
+        functools.partial(catch, variables.get("sinks", {}).get("head")),
+    )  # fmt: skip
+    return _aligned(found_BT)
 
 
 def weighted_loss(
@@ -148,11 +157,16 @@ def weighted_loss(
     labels_BT: jax.Array,
     weights_BT: jax.Array,
     dropout: jax.Array | None = None,
+    objective: Objective = NLL,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of weight * token loss, token losses [B,T]); weights are label-aligned.
 
     Reverse derivatives go through the sum only (see `core.loss.weighted_nll`).
     """
+    if objective != NLL or "head" in variables.get("sinks", {}):
+        assert dropout is None
+        losses_BT = token_losses(config, execution, variables, ids_BT, labels_BT, objective)
+        return (weights_BT * losses_BT).sum(), losses_BT
     h_BTD = hidden(config, execution, variables, ids_BT, dropout)
     chunk = execution.tokens_per_chunk(config.vocab_size)
     shifted_BT = jnp.pad(weights_BT[:, 1:], ((0, 0), (0, 1)))

@@ -6,7 +6,8 @@ the machine and versions, `manifest.json` the files it made; one of DONE, PREEMP
 how it ended. What is made in one go (`produce`) appears whole, with its `command.json`, or not.
 
 Either way the same command again goes on or changes nothing, and another one is refused. A start
-that fails before any work leaves nothing, so the corrected command may use the same folder.
+that fails before any work leaves nothing, so the corrected command may use the same folder. Of
+several processes (`core.distributed`) the first holds and records a run, and the others follow it.
 """
 
 import contextlib
@@ -25,8 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from core import distributed
 from core.errors import InputError
 from core.files import PathLike, dumps, read_json, sha256_file, write_json
+from core.memmap import checksum
 
 STATUSES = ("DONE", "PREEMPTED", "FAILED")
 # What a run writes before any work.
@@ -38,6 +41,13 @@ class Run:
 
     def __init__(self, path: Path, config: dict[str, Any], fresh: bool = False):
         self.path, self.config, self.fresh = path, config, fresh
+        self._session = distributed.session()
+        self._lock, self._made = None, []
+        if distributed.first():
+            self._hold()
+
+    def _hold(self) -> None:
+        path = self.path
         self._made = _missing(path)
         with _writable(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -61,6 +71,20 @@ class Run:
 
         Nothing but the lock is written before, and with `fresh` the earlier run stands until here.
         """
+        if self._lock is None:
+            distributed.wait(self._led)
+            _same(read_json(self.path / "inputs.json"), hashes, self.path, "input")
+            self.fresh = False
+            return
+        self._begin(hashes)
+        self._lock.write(self._session)
+        self._lock.flush()
+
+    def _led(self) -> bool:
+        lock = self.path / "LOCK"
+        return lock.exists() and lock.read_text() == self._session
+
+    def _begin(self, hashes: dict[str, Any]) -> None:
         if _begun(self.path) and not self.fresh:
             _same(read_json(self.path / "inputs.json"), hashes, self.path, "input")
             for name in STATUSES:
@@ -77,12 +101,17 @@ class Run:
         write_json(self.path / "inputs.json", hashes)
 
     def finish(self, status: str = "DONE", **info: Any) -> None:
+        if self._lock is None:
+            distributed.wait(lambda: self.status)
+            return
         for name in STATUSES:
             (self.path / name).unlink(missing_ok=True)
         files = [f for f in sorted(self.path.rglob("*")) if f.is_file() and f.name != "LOCK"]
         if status == "DONE":
             manifest = {
-                str(f.relative_to(self.path)): {"bytes": f.stat().st_size, "sha256": sha256_file(f)}
+                str(f.relative_to(self.path)): {
+                    "bytes": f.stat().st_size, "sha256": checksum(f) or sha256_file(f),
+                }  # fmt: skip
                 for f in files
                 if f.name != "manifest.json"
             }
@@ -91,6 +120,8 @@ class Run:
 
     def close(self) -> None:
         """Let the folder go; if nothing was done in it, as if it had never been touched."""
+        if self._lock is None:
+            return
         if not _begun(self.path):
             for name in RECORDS:
                 (self.path / name).unlink(missing_ok=True)

@@ -30,6 +30,12 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
+def local_mesh() -> Mesh:
+    """The devices of this process as `data`, for work that splits rows over processes."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

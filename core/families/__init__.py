@@ -3,7 +3,7 @@
 A family file gives `rows(config)`; the modules `Embed`, `Block` and `FinalNorm`; `places`, what all
 blocks need of the tokens' positions, and `kinds`, what differs between layers, stacked over them;
 and what concerns its Hugging Face files: `MODEL_TYPE`, `ARCHITECTURE`, `PREFIX`, `IGNORED`,
-`ALIASES`, `from_hf`, `to_hf`.
+`ALIASES`, `from_hf`, `to_hf`; and `heads`, which outputs belong to which head of the attention.
 """
 
 from types import ModuleType

@@ -21,7 +21,7 @@ from core.config import ModelConfig
 from core.errors import InputError
 from core.families.hf_config import Keys, ends
 from core.layers import RMSNorm, activation
-from core.linear import Linear
+from core.linear import Linear, catch
 from core.schema import Row
 
 MODEL_TYPE = "gemma3_text"
@@ -74,6 +74,17 @@ def rows(c: ModelConfig) -> list[Row]:
     ]
 
 
+def heads(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Of the sites whose outputs belong to heads, those of each head, by the site's path."""
+    k = c.head_dim
+
+    def rows(heads: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(range(h * k, (h + 1) * k)) for h in range(heads))
+
+    names = {"q_proj": c.heads, "k_proj": c.groups, "v_proj": c.groups}
+    return {f"blocks/{name}": rows(heads) for name, heads in names.items()}
+
+
 class Places(NamedTuple):
     """What blocks need of positions; rotations of sliding and of global layers."""
 
@@ -101,7 +112,7 @@ class Embed(nn.Module):
         del positions_BT
         c = self.config
         wte_VD = self.param("wte", nn.initializers.zeros, (c.vocab_size, c.width))
-        x_BTD = wte_VD[ids_BT].astype(self.dtype)
+        x_BTD = catch(self.get_variable("sinks", "wte"), wte_VD[ids_BT], ids_BT).astype(self.dtype)
         # The factor is rounded to the embedding's dtype first: 25.25 in bfloat16, not 25.298.
         return x_BTD * jnp.asarray(c.width**0.5, self.dtype)
 

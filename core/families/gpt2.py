@@ -15,7 +15,7 @@ from core.config import ModelConfig
 from core.errors import InputError
 from core.families.hf_config import Keys, ends
 from core.layers import LayerNorm, activation
-from core.linear import Linear
+from core.linear import Linear, catch
 from core.schema import Row
 
 MODEL_TYPE = "gpt2"
@@ -65,6 +65,14 @@ def rows(c: ModelConfig) -> list[Row]:
     ]
 
 
+def heads(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Of the sites whose outputs belong to heads, those of each head, by the site's path."""
+    k = c.head_dim
+    parts = [[p * c.width + h * k for p in range(3)] for h in range(c.heads)]  # of q, k and v
+    rows = tuple(tuple(start + i for start in of for i in range(k)) for of in parts)
+    return {"blocks/attn_c_attn": rows}
+
+
 class Places(NamedTuple):
     """What blocks need of positions: the positions, [B,T] or [1,T]."""
 
@@ -90,7 +98,8 @@ class Embed(nn.Module):
         c, zeros = self.config, nn.initializers.zeros
         wte_VD = self.param("wte", zeros, (c.vocab_size, c.width))
         wpe_CD = self.param("wpe", zeros, (c.context, c.width))
-        return (wte_VD[ids_BT] + wpe_CD[positions_BT]).astype(self.dtype)
+        x_BTD = catch(self.get_variable("sinks", "wte"), wte_VD[ids_BT], ids_BT)
+        return (x_BTD + wpe_CD[positions_BT]).astype(self.dtype)
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ from core.config import ModelConfig
 from core.errors import InputError
 from core.families.hf_config import Keys, ends
 from core.layers import LayerNorm, activation
-from core.linear import Linear
+from core.linear import Linear, catch
 from core.schema import Row
 
 MODEL_TYPE = "gpt_neox"
@@ -70,6 +70,13 @@ def rows(c: ModelConfig) -> list[Row]:
     ]
 
 
+def heads(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Of the sites whose outputs belong to heads, those of each head, by the site's path."""
+    size = 3 * c.head_dim  # a head's q, k and v lie together
+    rows = tuple(tuple(range(h * size, (h + 1) * size)) for h in range(c.heads))
+    return {"blocks/query_key_value": rows}
+
+
 class Places(NamedTuple):
     """What blocks need of positions."""
 
@@ -96,7 +103,8 @@ class Embed(nn.Module):
         del positions_BT
         c = self.config
         wte_VD = self.param("wte", nn.initializers.zeros, (c.vocab_size, c.width))
-        return wte_VD[ids_BT].astype(self.dtype)
+        x_BTD = catch(self.get_variable("sinks", "wte"), wte_VD[ids_BT], ids_BT)
+        return x_BTD.astype(self.dtype)
 
 
 class Block(nn.Module):

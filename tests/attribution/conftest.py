@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from attribution import dot, exact, gradients
 from core import families, model, schema
-from core.checkpoint import Loaded, fingerprint
+from core.checkpoint import Loaded, fingerprint, load_model
 from core.config import Execution, ModelConfig
 from core.rows import Rows, load_rows, save_rows
 
@@ -88,3 +89,67 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny() -> type[Tiny]:
     return Tiny
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bergson"
+
+
+class Bergson:
+    """Numbers of Bergson itself on a small model; see tests/golden/make_bergson.py."""
+
+    def __init__(self, name: str):
+        self.folder = GOLDEN / name
+        self.loaded = load_model(self.folder / "model")
+        self.config, self.params = self.loaded.config, self.loaded.params
+
+    @functools.cache  # noqa: B019 (as long as the process)
+    def arrays(self, file: str) -> dict[str, np.ndarray]:
+        """All arrays of `FILE.npz`."""
+        with np.load(self.folder / f"{file}.npz", allow_pickle=False) as found:
+            return dict(found)
+
+    def parts(self, file: str, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays of `FILE.npz` below `PREFIX/`, in Bergson's order."""
+        found = self.arrays(file).items()
+        return {k.removeprefix(f"{prefix}/"): x for k, x in found if k.startswith(f"{prefix}/")}
+
+    def batch(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels), int32 [B,T], of `train` or `query`."""
+        rows = self.arrays("rows")
+        return np.maximum(rows[f"{split}/ids"], 0), rows[f"{split}/labels"]
+
+    def rows(self, split: str, path: Path) -> Rows:
+        """The same as a rows folder."""
+        found, lengths = self.arrays("rows"), self.arrays("rows")[f"{split}/lengths"]
+        ids, labels = (
+            [row[:n] for row, n in zip(found[f"{split}/{key}"], lengths, strict=True)]
+            for key in ("ids", "labels")
+        )
+        save_rows(path, ids, labels)
+        return load_rows(path, self.config.vocab_size, self.config.context)
+
+
+@pytest.fixture(scope="session", params=["gpt2", "gemma3"])
+def bergson(request) -> Bergson:
+    return _bergson(request.param)
+
+
+@functools.cache
+def _bergson(name: str) -> Bergson:
+    return Bergson(name)
+
+
+@pytest.fixture(scope="module")
+def quick_passes():
+    """The jitted passes of `attribution` compiled quickly, as `Tiny.jit` does."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in {
+            gradients: ("example_gradients",),
+            exact: ("token_scores", "summed_gradient"),
+            dot: ("scores", "features_and_tokens"),
+        }.items():
+            for name in names:
+                static = {"static_argnums": (0, 1, 2)}
+                static |= {"static_argnames": "tokens"} if name == "scores" else {}
+                patch.setattr(module, name, Tiny.jit(getattr(module, name), **static))
+        yield

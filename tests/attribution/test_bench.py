@@ -25,26 +25,38 @@ def test_flop_floor_of_the_published_size():
 
 def test_result_has_every_number(monkeypatch):
     monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
-    result = bench.bench("tiny", 2, 16, 3, 2, naive=True, parts=True, execution=Execution())
-    programs = {"forward", "value_and_grad", "projected", "vmap_grad"}
-    assert set(result["ratios"]) - {"value_and_grad_to_parts"} == programs - {"value_and_grad"}
-    for key in ("seconds", "tokens_per_second", "temp_bytes"):
+    result = bench.bench(
+        "tiny", 2, 16, (3, 2), 2, bench.PROGRAMS, parts=True, execution=Execution()
+    )
+    programs = {
+        "forward", "value_and_grad", "projected_3", "projected_2", "global_sketch_3",
+        "token_scores_3", "exact_scores", "kfac", "ekfac_correction", "vmap_grad",
+    }  # fmt: skip
+    for key in ("ratios", "seconds", "tokens_per_second"):
+        assert set(result[key]) == programs | {"ekfac_fit"}
+    for key in ("cpu_seconds", "temp_bytes"):
         assert set(result[key]) == programs
-    for name, seconds in result["seconds"].items():
-        assert result["tokens_per_second"][name] == pytest.approx(2 * 16 / seconds)
-        assert seconds > 0 and result["temp_bytes"][name] > 0
     whole = result["seconds"]["value_and_grad"]
-    for name in programs - {"value_and_grad"}:
-        assert result["ratios"][name] == pytest.approx(result["seconds"][name] / whole)
-    assert result["flop_floor"] == bench.flop_floor(TINY, 16, 3)
+    for name, seconds in result["seconds"].items():
+        assert seconds > 0
+        assert result["tokens_per_second"][name] == pytest.approx(2 * 16 / seconds)
+        assert result["ratios"][name] == pytest.approx(seconds / whole)
+    fit = result["seconds"]["kfac"] + result["seconds"]["ekfac_correction"]
+    assert result["seconds"]["ekfac_fit"] == pytest.approx(fit)
+    assert result["flop_floor"] == {str(p): bench.flop_floor(TINY, 16, p) for p in (3, 2)}
     shown = bench.table(result)
     assert all(name in shown for name in programs) and "part attention:2" in shown
     parts = dict(result["parts"])
     total = parts.pop("sum")
     assert total == pytest.approx(sum(parts.values()))
     assert {"attention:2", "norm:5", "activation:2", "head:1", "embedding:1"} <= set(parts)
-    ratio = result["ratios"]["value_and_grad_to_parts"]
-    assert ratio == pytest.approx(whole / total)
+    assert result["value_and_grad_to_parts"] == pytest.approx(whole / total)
+
+
+def test_only_what_is_asked_for_is_timed(monkeypatch):
+    monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
+    result = bench.bench("tiny", 2, 16, (3,), 1, ["forward"], parts=False, execution=Execution())
+    assert set(result["seconds"]) == {"forward", "value_and_grad"}
 
 
 @pytest.mark.parametrize("batch, length, dim, repeats", [
@@ -52,4 +64,4 @@ def test_result_has_every_number(monkeypatch):
 ])  # fmt: skip
 def test_impossible_sizes_are_refused(batch, length, dim, repeats):
     with pytest.raises(InputError, match="--length must be 2 to 1024"):
-        bench.bench("tiny", batch, length, dim, repeats, False, False, Execution())
+        bench.bench("tiny", batch, length, (dim,), repeats, [], False, Execution())

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from core.errors import InputError
-from core.files import read_json, read_npy
-from core.memmap import FilledArray
+from core.files import read_json, read_npy, sha256_file
+from core.memmap import FilledArray, Parts, checksum
 
 N, D = 10, 3
 BATCHES = [np.array([7, 2, -1]), np.array([0, 1, 9]), np.array([3, 4, 5]), np.array([8, 6, -1])]
@@ -35,7 +35,7 @@ def test_filled_in_any_order(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from core.memmap import FilledArray
+from core.memmap import FilledArray, Parts, checksum
 array = FilledArray(sys.argv[1], (10, 3))
 for batch in eval(sys.argv[2])[array.next_batch:]:
     rows_B = np.array(batch)
@@ -102,3 +102,29 @@ def test_a_deleted_array_begins_anew(tmp_path):
     assert FilledArray(tmp_path / "a.npy", (N, D)).next_batch == 0
     (tmp_path / "a.journal.json").unlink()  # killed before the new journal was written
     assert FilledArray(tmp_path / "a.npy", (N, D)).next_batch == 0
+
+
+def test_a_finished_array_keeps_its_checksum(tmp_path):
+    """Written once more, as after a kill between two arrays of one run, it stays as it is."""
+    path = tmp_path / "a.npy"
+    array = FilledArray(path, (N, D))
+    assert checksum(path) is None
+    for rows_B in BATCHES:
+        array.write(rows_B, values(rows_B))
+    assert array.close() == [sha256_file(path)] == [checksum(path)]
+    again = FilledArray(path, (N, D))
+    again.write(np.arange(N), np.zeros((N, D), np.float32))
+    assert again.close() == [sha256_file(path)]
+    np.testing.assert_array_equal(read_npy(path), values(range(N)))
+
+
+def test_parts_read_as_one_array(tmp_path):
+    whole = values(range(N))
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for path, (start, stop) in zip(paths, [(0, 4), (4, 5), (5, N)], strict=True):
+        np.save(path, whole[start:stop])
+    parts = Parts(paths)
+    assert parts.shape == (N, D)
+    for start in range(N):
+        for stop in range(start + 1, N + 2):
+            np.testing.assert_array_equal(parts[start:stop], whole[start:stop])
