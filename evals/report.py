@@ -13,6 +13,7 @@ import numpy as np
 
 from core.errors import InputError
 from core.files import read_json, write_json, write_text
+from evals import report_validation
 from evals.report_data import (
     Arm,
     Difference,
@@ -21,10 +22,11 @@ from evals.report_data import (
     Shown,
     Verdict,
     check_paired,
-    chunk_bytes,
+    chunk_texts,
     load_arm,
     load_pool,
     load_run,
+    load_token_scores,
     paired_difference,
 )
 from evals.report_page import page
@@ -44,6 +46,7 @@ SPEC_KEYS = {
     "relevant_sources": "names of the sources that teach the query",
     "k": "how many chunks were selected",
     "shown": "how many top and bottom chunks to print (default 12)",
+    "validation": "results of `attribute validate`, beside those in the scores folder: a list",
     "commands": "the command lines that were run",
     "seconds": "wall time of the whole experiment",
     "peak_gb": "peak memory in GB",
@@ -105,10 +108,12 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
     run = spec.get("pretraining")
 
     shown = _shown(pool, spec.get("shown", 12))
-    texts = chunk_bytes(
+    token_scores = load_token_scores(folder / next(iter(named.values())), pool)
+    texts = chunk_texts(
         folder / spec["rows"] if spec.get("rows") else None,
         _tokenizer_path(spec.get("tokenizer"), folder),
         pool.row_N[[chunk.index for chunk in shown]],
+        token_scores,
     )
     retrieval = {pool.name: _retrieval(pool, relevant, k) for pool in pools}
     summary: dict[str, Any] = {
@@ -134,6 +139,9 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
     }
     if len(pools) > 1:
         summary["methods"] = retrieval
+    validations = _validations(spec, named, folder)
+    if validations:
+        summary["validation"] = report_validation.summary(validations)
     verdict = _verdict(spec, pool, k, arms, differences, summary)
     summary["verdict"] = verdict.sentence
     return Report(
@@ -148,9 +156,25 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
         differences=differences,
         shown=shown,
         texts=texts,
+        token_scores=token_scores,
+        validations=validations,
         verdict=verdict,
         summary=summary,
     )
+
+
+def _validations(
+    spec: dict[str, Any], named: dict[str, str], folder: Path
+) -> list[report_validation.Validation]:
+    """Those in the folders of the rankings, then those that the spec lists, each once."""
+    first = next(iter(named))
+    found = {
+        file: name for name, path in named.items() for file in report_validation.find(folder / path)
+    }
+    for path in spec.get("validation") or []:
+        place = folder / path
+        found.setdefault(place / "validation.json" if place.is_dir() else place, first)
+    return [report_validation.load(file, name) for file, name in found.items()]
 
 
 def _tokenizer_path(name: str | None, folder: Path) -> str | None:

@@ -293,7 +293,7 @@ def recall(pools: Sequence[Pool], relevant: Sequence[str], k: int | None) -> str
     for previous, stop in zip([0, *stops], stops, strict=False):
         found = "\n".join(f"{n}: {percent(float(c[stop - 1]))} found" for n, c in curves.items())
         label = f"first {count(stop, 'chunk')}\n{found}\nchance: {percent(stop / total)}"
-        shape = _band(x(previous), x(stop), top, bottom, x(stop))
+        shape = band(x(previous), x(stop), top, bottom, x(stop))
         shape += "".join(
             f'<circle class="spot" cx="{x(stop)}" cy="{y(float(c[stop - 1]))}" r="4"/>'
             for c in curves.values()
@@ -305,7 +305,8 @@ def recall(pools: Sequence[Pool], relevant: Sequence[str], k: int | None) -> str
     return chart("half", title, desc, (WIDTH, bottom + 42), parts)
 
 
-def _band(start: float, end: float, top: float, bottom: float, at: float) -> str:
+def band(start: float, end: float, top: float, bottom: float, at: float) -> str:
+    """The shape of a mark that is a strip of the plot; the line at `at` shows when it is."""
     return (
         f'<rect class="hit" x="{start:.1f}" y="{top}" width="{end - start:.1f}" '
         f'height="{bottom - top}"/>{line(at, top, at, bottom, "spot")}'
@@ -341,7 +342,7 @@ def learning(title: str, series: Sequence[Series], dots: Curve | None = None) ->
             shape = f'<circle class="dot" cx="{x(step)}" cy="{y(value)}" r="3.5"/>'
             label = f"validation loss {num(value)}\nstep {step:,.0f}"
             parts.append(mark(label, shape, "c-alt0"))
-    for (name, colour), at in zip(names, _spread(ends, 15, top, bottom), strict=True):
+    for (name, colour), at in zip(names, spread(ends, 15, top, bottom), strict=True):
         parts.append(text(right + 7, at + 4, name, f"end {colour}"))
     stops = np.unique(np.linspace(0, len(means[0].step) - 1, 16).astype(int))
     previous = x(0)
@@ -351,7 +352,7 @@ def learning(title: str, series: Sequence[Series], dots: Curve | None = None) ->
             f"{s.label}: {num(float(np.interp(step, m.step, m.y)))}"
             for (s, _), m in zip(thinned, means, strict=True)
         ]
-        shape = _band(previous, x(step), top, bottom, x(step))
+        shape = band(previous, x(step), top, bottom, x(step))
         parts.append(mark("\n".join([f"step {step:,.0f}", *values]), shape, "band"))
         previous = x(step)
     desc = "; ".join(
@@ -378,7 +379,7 @@ def _smooth(y: np.ndarray) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
-def _spread(ys: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
+def spread(ys: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
     """Label positions near `ys`, at least `gap` apart, kept inside the plot."""
     order = np.argsort(ys)
     placed = np.array(ys, float)

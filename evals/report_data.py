@@ -13,6 +13,7 @@ import numpy as np
 
 from core.errors import InputError
 from core.files import read_json, read_jsonl
+from evals.report_validation import Validation
 from evals.statistics import Interval
 
 
@@ -93,6 +94,27 @@ class Shown(NamedTuple):
     extra: bool
 
 
+class Text(NamedTuple):
+    """A row to print: the bytes of its tokens, and a score for each (NaN where there is none)."""
+
+    pieces: list[bytes]
+    scores_T: np.ndarray
+
+    @property
+    def data(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+class TokenScores(NamedTuple):
+    """scores_NT [rows, tokens], memory-mapped in row order; alignment says what an entry is about.
+
+    `label`: of predicting token t. `position`: of reading it.
+    """
+
+    scores_NT: np.ndarray
+    alignment: str
+
+
 class Report(NamedTuple):
     spec: dict[str, Any]
     pools: list[Pool]
@@ -104,7 +126,9 @@ class Report(NamedTuple):
     intervals: dict[str, Interval]
     differences: list[Difference]
     shown: list[Shown]
-    texts: dict[int, bytes]
+    texts: dict[int, Text]
+    token_scores: TokenScores | None
+    validations: list[Validation]
     verdict: Verdict
     summary: dict[str, Any]
 
@@ -112,9 +136,8 @@ class Report(NamedTuple):
 def load_pool(path: Path, name: str) -> Pool:
     """Read the output folder of `attribute score`."""
     lines = read_jsonl(path / "row_diagnostics.jsonl")
-    if not lines:
-        raise InputError(f"{path / 'row_diagnostics.jsonl'} is empty: score the pool again")
     try:
+        lines = [line for line in lines if line["score"] is not None]  # null: was no candidate
         lines.sort(key=lambda line: line["rank"])
         score_N = np.array([line["score"] for line in lines], np.float64)
         row_N = np.array([line["row"] for line in lines], np.int64)
@@ -124,6 +147,8 @@ def load_pool(path: Path, name: str) -> Pool:
             f"{path / 'row_diagnostics.jsonl'} has a line without a number for row, score, rank "
             f"or length ({error}): score the pool again"
         ) from error
+    if not lines:
+        raise InputError(f"{path / 'row_diagnostics.jsonl'} has no scores: score the pool again")
     if not np.isfinite(score_N).all():
         raise InputError(f"{path} holds scores that are not finite: score the pool again")
     sources = [line.get("source") for line in lines]
@@ -217,17 +242,40 @@ def _different_items(name: str, ids: Any, others: Any, other: str = "its first s
     )
 
 
-def chunk_bytes(
-    rows_path: Path | None, tokenizer_path: str | None, wanted: np.ndarray
-) -> dict[int, bytes]:
-    """The text of the wanted rows as bytes; empty when rows or tokenizer are not given."""
-    if rows_path is None or tokenizer_path is None:
+def load_token_scores(path: Path, pool: Pool) -> TokenScores | None:
+    """`token_scores.npy` of a scores folder, where there is one."""
+    from core.memmap import open_array
+
+    file = path / "token_scores.npy"
+    if not file.exists():
+        return None
+    scores_NT = open_array(file)
+    if scores_NT.ndim != 2 or len(scores_NT) <= int(pool.row_N.max()):
+        raise InputError(f"{file} is {list(scores_NT.shape)}, not a line for each of "
+                         f"{len(pool.row_N)} rows: score the pool again")  # fmt: skip
+    tokens = pool.info.get("tokens")
+    alignment = tokens.get("alignment") if isinstance(tokens, dict) else None
+    if alignment not in ("label", "position"):
+        raise InputError(f"{path / 'info.json'} does not say whether token scores are aligned to "
+                         f"'label' or 'position' (tokens.alignment): {alignment!r}")  # fmt: skip
+    return TokenScores(scores_NT, alignment)
+
+
+def chunk_texts(
+    rows_path: Path | None,
+    tokenizer_path: str | None,
+    wanted: np.ndarray,
+    token_scores: TokenScores | None,
+) -> dict[int, Text]:
+    """The tokens of the wanted rows, as ids where no tokenizer is given; empty without rows."""
+    if rows_path is None:
         return {}
     import tokenizers
     from core.rows import load_rows
 
-    rows, tokenizer = load_rows(rows_path), tokenizers.load(tokenizer_path)
-    if rows.tokenizer is not None and rows.tokenizer != tokenizer.fingerprint:
+    rows = load_rows(rows_path)
+    tokenizer = None if tokenizer_path is None else tokenizers.load(tokenizer_path)
+    if tokenizer and rows.tokenizer is not None and rows.tokenizer != tokenizer.fingerprint:
         raise InputError(
             f"{rows_path} was tokenised by another tokenizer than {tokenizer_path}: "
             "name the tokenizer that made the rows"
@@ -237,4 +285,17 @@ def chunk_bytes(
             f"the scores name row {int(wanted.max())} but {rows_path} has {len(rows)} rows: "
             "name the rows that were scored"
         )
-    return {int(row): tokenizer.decode_bytes(rows.ids(int(row))) for row in wanted}
+
+    def text(row: int) -> Text:
+        ids = rows.ids(row)
+        if tokenizer:
+            pieces = [tokenizer.decode_bytes([i]) for i in ids.tolist()]
+        else:
+            pieces = [b" %d" % i if place else b"%d" % i for place, i in enumerate(ids.tolist())]
+        scores_T = np.full(len(ids), np.nan)
+        if token_scores is not None:
+            known_T = token_scores.scores_NT[row, : len(ids)]
+            scores_T[: len(known_T)] = known_T
+        return Text(pieces, scores_T)
+
+    return {int(row): text(int(row)) for row in wanted}

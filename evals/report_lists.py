@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from core.files import jsonable
+from evals import report_tokens
 from evals.report_data import Report, Run, Shown
 from evals.report_text import count, decode, esc, num, table, typeset
 
@@ -24,24 +25,31 @@ def chunks(report: Report) -> str:
             for name in names
         )
         buttons = f'<div role="group" aria-label="Show chunks of">{buttons}</div>'
+    full = report_tokens.limit(report.texts.values())
     columns = ""
     for end, label in (("top", "Most helpful"), ("bottom", "Least helpful")):
-        items = "".join(_chunk(report, shown) for shown in report.shown if shown.end == end)
+        items = "".join(_chunk(report, shown, full) for shown in report.shown if shown.end == end)
         columns += f'<div><h3>{label}</h3><ol class="chunks">{items}</ol></div>'
-    note = (
-        "Open a chunk to read it. Line ends, tabs and repeated blanks are marked; hidden "
-        "characters and bytes that are no text are named."
-        if report.texts
-        else "To see text here, name the rows and the tokenizer in the report's spec."
-    )
+    note = "To see text here, name the rows (and the tokenizer) in the report's spec."
+    if report.texts:
+        marked = "Line ends and tabs" if full else "Line ends, tabs and repeated blanks"
+        note = (
+            f"Open a chunk to read it. {marked} are marked; hidden characters and bytes that are "
+            "no text are named."
+        )
+    legend = ""
+    if full and report.token_scores:
+        alignment, higher_helps = report.token_scores.alignment, pool.higher_helps
+        legend = report_tokens.legend(full, alignment, higher_helps)
     opener = '<button type="button" id="expand">Open all</button>' if report.texts else ""
     return (
         f"<h2>What do the chunks say?</h2><p>{note}</p>"
-        f'<div class="tools" hidden>{buttons}{opener}</div><div class="columns">{columns}</div>'
+        f'{legend}<div class="tools" hidden>{buttons}{opener}</div>'
+        f'<div class="columns">{columns}</div>'
     )
 
 
-def _chunk(report: Report, shown: Shown) -> str:
+def _chunk(report: Report, shown: Shown, full: float) -> str:
     pool, index = report.pools[0], shown.index
     source, row = str(pool.source_N[index]), int(pool.row_N[index])
     chip = "c-rel" if source in report.relevant else "c-other"
@@ -52,11 +60,15 @@ def _chunk(report: Report, shown: Shown) -> str:
     )
     hidden = ' class="extra" hidden' if shown.extra else ""
     if row in report.texts:
-        text = decode(report.texts[row])
+        text = decode(report.texts[row].data)
         preview = esc(" ".join(text[: 2 * PREVIEW].split())[:PREVIEW])
+        body, opened = typeset(text), ""
+        if full:
+            body = report_tokens.coloured(report.texts[row], full, pool.higher_helps)
+            opened = " open" if index in (0, len(pool.row_N) - 1) else ""
         facts = (
-            f'<details><summary>{facts}<span class="preview" dir="auto">{preview}</span></summary>'
-            f'<pre dir="auto">{typeset(text)}</pre></details>'
+            f'<details{opened}><summary>{facts}<span class="preview" dir="auto">{preview}</span>'
+            f'</summary><pre dir="auto">{body}</pre></details>'
         )
     else:
         facts = f'<div class="bare">{facts}</div>'

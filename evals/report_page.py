@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evals import report_trials
 from evals.report_charts import Dot, Series, intervals, learning, recall, ridges, score_axis
 from evals.report_data import Arm, Report
 from evals.report_lists import chunks, origin
@@ -34,6 +35,7 @@ def page(report: Report) -> str:
         ("arms", "Arms", _arms(report)),
         ("scores", "Scores", _scores(report)),
         ("recall", "Recall", _recall(report)),
+        ("validation", "Validation", _validation(report)),
         ("curves", "Learning curves", _curves(report)),
         ("chunks", "Chunks", chunks(report)),
         ("origin", "Provenance", origin(report)),
@@ -270,6 +272,10 @@ def _recall(report: Report) -> str:
         f"<h2>Does the ranking find the relevant sources?</h2><p>{esc(text)}</p>"
         f'<div class="pair">{chart}{table(head, rows)}</div>'
     )
+
+
+def _validation(report: Report) -> str:
+    return report_trials.section(report.validations, several=len(report.pools) > 1)
 
 
 def _curves(report: Report) -> str:

@@ -19,7 +19,8 @@ _HIDDEN = (
     "\U000e0000-\U000e007f"
 )
 _HIDDEN_RE = re.compile(f"[{_HIDDEN}]")
-_MARKED_RE = re.compile(f"[{_HIDDEN}]|\n|\t+|\u00a0| {{2,}}|(?<![^\n]) | (?=\n|$)")
+_UNSEEN_RE = re.compile(f"[{_HIDDEN}]|\n|\t+|\u00a0")
+_MARKED_RE = re.compile(f"{_UNSEEN_RE.pattern}| {{2,}}|(?<![^\n]) | (?=\n|$)")
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -40,13 +41,13 @@ def decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def typeset(text: str) -> str:
-    """Chunk text as HTML with visible whitespace.
+def typeset(text: str, blanks: bool = True) -> str:
+    """Chunk text as HTML with visible whitespace; blanks: also those at ends and in a row.
 
     Marks are drawn by the style sheet around the real characters, so copied text is the original.
     """
     parts, end = [], 0
-    for match in _MARKED_RE.finditer(text):
+    for match in (_MARKED_RE if blanks else _UNSEEN_RE).finditer(text):
         parts.append(html.escape(text[end : match.start()]))
         end = match.end()
         found = match[0]

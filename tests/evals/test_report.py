@@ -2,6 +2,7 @@
 
 import copy
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import tokenizers
 from core.errors import InputError
 from core.files import jsonable, read_json, read_jsonl, write_json, write_jsonl, write_npy
-from core.rows import save_rows
+from core.rows import load_rows, save_rows
+from evals import report_tokens
 from evals.report import SPEC_KEYS, build_report
+from evals.report_data import Text
 from evals.report_text import decode, duration, esc, listed, num, percent, shortened, typeset
 
 HOSTILE = (
@@ -434,6 +437,188 @@ def test_rows_of_another_tokenizer_are_refused(experiment, tmp_path):
 def test_same_input_gives_the_same_page(experiment, tmp_path):
     folder, spec = experiment
     assert built(spec, folder, tmp_path / "a") == built(spec, folder, tmp_path / "b")
+
+
+def with_tokens(folder: Path, name: str, scores_NT: np.ndarray, tokens: object) -> str:
+    """A copy of the scores folder that also has token scores."""
+    lines = read_jsonl(folder / "scores" / "row_diagnostics.jsonl")
+    write_jsonl(folder / name / "row_diagnostics.jsonl", lines)
+    write_npy(folder / name / "token_scores.npy", scores_NT.astype(np.float32))
+    write_json(folder / name / "info.json", {"sign": "positive = proponent", "tokens": tokens})
+    return name
+
+
+def test_tokens_are_coloured_by_their_scores(experiment, tmp_path):
+    folder, spec = experiment
+    lines = read_jsonl(folder / "scores" / "row_diagnostics.jsonl")
+    scores_NT = np.zeros((60, max(line["length"] for line in lines)))
+    scores_NT[:, 1:4] = [1.0, -2.0, 0.1]
+    scores_NT[:, 4] = np.nan
+    name = with_tokens(folder, "tokens", scores_NT, {"alignment": "label"})
+    html = built({**spec, "scores": name}, folder, tmp_path)[1]
+    assert Page(html).open == [] and "to predict it" in html
+    for span in ('"helps s2" title="+1.00"', '"hurts s4" title="−2.00"'):
+        assert html.count(f"<span class={span}>") >= 24  # in twelve chunks of either end
+    assert '<span title="+0.100">' in html  # too small for a colour, but its number is there
+    assert html.count("<details open>") == 2  # the first and the last chunk
+    best = min(lines, key=lambda line: line["rank"])["row"]
+    shown = re.search(r'<details open>.*?<pre dir="auto">(.*?)</pre>', html, re.S)
+    assert shown is not None
+    ids = load_rows(folder / "pool").ids(best)
+    assert unescape(re.sub("<[^>]*>", "", shown[1])) == tokenizers.load("bytes").decode(ids)
+    # The colours change sides where low scores help; the numbers stay.
+    for line in lines:
+        line["score"] *= -1
+    write_jsonl(folder / name / "row_diagnostics.jsonl", lines)
+    html = built({**spec, "scores": name}, folder, tmp_path / "magic")[1]
+    assert '<span class="hurts s2" title="+1.00">' in html
+    assert '<span class="helps s4" title="−2.00">' in html
+    with_tokens(folder, name, scores_NT, {"alignment": "position"})
+    assert "to read it" in built({**spec, "scores": name}, folder, tmp_path / "position")[1]
+
+
+def test_a_character_of_several_tokens_stays_whole():
+    text = Text([b"a", b"\xe2", b"\x82", b"\xac", b"\xff", b"\n", b"\xe2"], np.arange(7.0))
+    assert report_tokens.limit([text]) == pytest.approx(np.quantile(np.arange(1.0, 7), 0.98))
+    html = report_tokens.coloured(text, 6.0, higher_helps=True)
+    spans = re.findall(r'<span(?: class="(helps s\d)")? title="([^"]*)">(.*?)</span>', html, re.S)
+    assert spans == [
+        ("", "0", "a"),
+        ("helps s4", "+1.00 +2.00 +3.00", "€"),
+        ("helps s3", "+4.00", '<i class="ctl">\\xff</i>'),
+        ("helps s3", "+5.00", '<i class="nl">\n</i>'),
+        ("helps s4", "+6.00", '<i class="ctl">\\xe2</i>'),
+    ]
+    assert report_tokens.coloured(text._replace(scores_T=np.full(7, np.nan)), 1.0, True) == typeset(
+        decode(text.data), blanks=False
+    )
+    assert [report_tokens.step(x, 8) for x in (-100, -3, -0.9, 0, 1.1, 8)] == [-4, -2, 0, 0, 1, 4]
+    assert report_tokens.step(float("nan"), 8) == report_tokens.step(3, 0) == 0
+    assert report_tokens.limit([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "message"),
+    [
+        ((60,), {"alignment": "label"}, "not a line for each of 60 rows"),
+        ((59, 9), {"alignment": "label"}, "not a line for each of 60 rows"),
+        ((60, 9), {"alignment": "middle"}, "'middle'"),
+        ((60, 9), None, "tokens.alignment"),
+    ],
+)
+def test_token_scores_that_cannot_be_placed_are_refused(
+    experiment, tmp_path, shape, tokens, message
+):
+    folder, spec = experiment
+    name = with_tokens(folder, "bad_tokens", np.ones(shape), tokens)
+    with pytest.raises(InputError, match=re.escape(message)):
+        build_report({**spec, "scores": name}, tmp_path, folder)
+
+
+def test_rows_without_a_tokenizer_are_shown_as_ids(experiment, tmp_path):
+    folder, spec = experiment
+    html = built({k: v for k, v in spec.items() if k != "tokenizer"}, folder, tmp_path)[1]
+    assert any(re.fullmatch(r"\d+( \d+)+", text) for text in Page(html).texts["pre"])
+
+
+def test_rows_that_were_no_candidates_are_left_out(experiment, tmp_path):
+    folder, spec = experiment
+    lines = read_jsonl(folder / "scores" / "row_diagnostics.jsonl")
+    for line in lines:
+        line["score"] = line["score"] if line["rank"] < 50 else None
+    write_jsonl(folder / "candidates" / "row_diagnostics.jsonl", lines)
+    summary, _ = built({**spec, "scores": "candidates"}, folder, tmp_path)
+    assert summary["chunks"] == 50
+
+
+METHODS = {"scores": (0.7, 0.6, 0.8), "random": (-0.02, -0.2, 0.2), "<b>25": (None, None, None)}
+
+
+def make_validation(protocol: str, statistic: str, **details: object) -> dict:
+    lines = [
+        {"method": name, "statistic": statistic, "estimate": estimate,
+         "interval": None if low is None else [low, high], "values": [estimate]}
+        for name, (estimate, low, high) in METHODS.items()
+    ]  # fmt: skip
+    return {
+        "format": "taproot-validation",
+        "protocol": protocol,
+        "fractions": [0.01],
+        "count": 30,
+        "seeds": 2,
+        "same_query": True,
+        "query_loss": {"before": 2.5, "after": 1.5},
+        "table": lines,
+        **details,
+    }
+
+
+LDS = make_validation(
+    "drop",
+    "lds",
+    points={"measured": [0.1, 0.2, 0.4], "predicted": {"scores": [1, 2, 3], "random": [3, 1, 2]}},
+)
+TAIL = make_validation(
+    "tail",
+    "QLD 1%",
+    fractions=[0.01, 0.1],
+    increase={
+        "scores": {"top": [0.25, 0.5], "bottom": [-0.125, -0.25]},
+        "<b>25": {"top": [0.0625, 0.375], "bottom": [0, 0]},
+        "random": [[0.01, 0.02, 0.03], [0.05, 0.02, 0.08]],
+    },
+)
+
+
+def test_validations_in_the_folder_are_drawn(experiment, tmp_path):
+    folder, spec = experiment
+    scores = with_tokens(folder, "validated", np.zeros((60, 4)), {"alignment": "label"})
+    write_json(folder / scores / "validation" / "drop" / "validation.json", LDS)
+    write_json(folder / scores / "validation" / "drop" / "config.json", {"command": "x"})
+    write_json(folder / scores / "validation" / "tail.json", TAIL)
+    write_json(folder / "mrr.json", make_validation("recall", "MRR", fractions=[]))
+    listed = {**spec, "scores": scores, "validation": ["mrr.json", f"{scores}/validation/drop"]}
+    summary, html = built(listed, folder, tmp_path)
+    assert [v["protocol"] for v in summary["validation"]] == ["drop", "tail", "recall"]
+    assert summary["validation"][0]["methods"]["scores"] == [0.7, 0.6, 0.8]
+    part = html[html.index('<section id="validation">') :].split("</section>")[0]
+    page = Page(part)
+    assert page.open == ["section"] and len(page.all("svg")) == 5
+    assert_drawable(part)
+    labels = [attrs["aria-label"] or "" for _, attrs in page.tags if "data-tip" in attrs]
+    assert labels.count("scores\nlds 0.700\n95% interval 0.600 to 0.800") == 1
+    assert not any(label.startswith("<b>25\nlds") for label in labels)  # has no number
+    assert sum(label.startswith("measured +") for label in labels) == 3
+    tenth = next(label for label in labels if label.startswith("10% removed"))
+    assert "without the top: +0.500\nwithout the bottom: −0.250" in tenth
+    assert "without random rows: +0.0500 (0.0200 to 0.0800)" in tenth
+    assert "top by <b>25: +0.375" in tenth
+    assert "from 2.50 to 1.50 nats" in part and "1% or 10%" in part
+
+
+def test_scores_without_a_validation_say_nothing_of_it(experiment, tmp_path):
+    folder, spec = experiment
+    summary, html = built(spec, folder, tmp_path)
+    assert "validation" not in summary and 'id="validation"' not in html
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"format": "other"}, "no result of `attribute validate`"),
+        ({**LDS, "protocol": "guess"}, "no result of `attribute validate`"),
+        ({**LDS, "points": {"measured": [1, 2]}}, "lacks what its protocol gives"),
+        ({**TAIL, "increase": {"random": [[1]]}}, "lacks what its protocol gives"),
+        ({**LDS, "points": {"measured": [1, 2], "predicted": {"scores": [1]}}}, "lacks what"),
+        ({**LDS, "table": LDS["table"][1:]}, "no line for the scores"),
+    ],
+)
+def test_broken_validations_are_refused(experiment, tmp_path, content, message):
+    folder, spec = experiment
+    write_json(folder / "broken.json", content)
+    with pytest.raises(InputError, match=message):
+        build_report({**spec, "validation": ["broken.json"]}, tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_typesetting_loses_nothing():
