@@ -531,7 +531,7 @@ def report(source: Path, out: Path | None) -> None:
 
 
 preset_option = click.option(
-    "--preset", type=click.Choice(["tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"]),
+    "--preset", type=click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"]),
     default="tiny", help="size of the model; its weights are random",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attribution import dot, exact, gradients, moments
-from attribution.moments import Moments, Positions, Settings
+from attribution.moments import Moments, Positions, RuleName
 from attribution.projection import Projection
 from attribution.targets import Spec, sites, targets
 from core import families, model, schema
@@ -162,20 +162,18 @@ def _program(
 
         return {name: Program(exact_scores, (params, along, ids_BT))}
     if name in ("kfac", "ekfac_correction"):
-        corrected = name == "ekfac_correction"
-        settings = Settings(labels="empirical")
-        sums = moments.zeros(config, plain, corrected)
-        squares = moments.zeros(config, plain, False)
+        rule: RuleName = "kfac" if name == "kfac" else "corrections"
+        sums, squares = (moments.zeros(config, plain, of) for of in (rule, "kfac"))
         bases = {s: Moments(*(jnp.ones(x.shape) for x in both)) for s, both in squares.items()}
         rows_B = jnp.arange(batch, dtype=jnp.int32)
         rest = Positions(ids_BT, ids_BT, jnp.full(batch, length, jnp.int32), rows_B)
 
         def curvature(params: schema.Params, bases: Any, sums: Any, rest: Positions) -> Any:
             return moments.accumulate(
-                config, execution, plain, settings, {"params": params}, bases, sums, rest
+                config, execution, plain, rule, {"params": params}, bases, sums, rest, None
             )
 
-        return {name: Program(curvature, (params, bases if corrected else None, sums, rest))}
+        return {name: Program(curvature, (params, None if name == "kfac" else bases, sums, rest))}
     spec = Spec(Projection(dims[0]))
 
     def vmap_grad(params: schema.Params, aux: Any, ids_BT: jax.Array) -> Any:

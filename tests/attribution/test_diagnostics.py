@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attribution.diagnostics import _spearman, diagnose, ranking
+from attribution.diagnostics import diagnose, ranking
 from core.files import read_json, read_jsonl
 
 LENGTHS = [6, 12, 9, 15]
@@ -56,13 +56,15 @@ def test_rows_without_provenance_and_a_score_for_each_query(tiny, tmp_path):
     assert "sources" not in summary
 
 
-def test_rank_correlation_with_ties():
-    # Mean ranks 1.5 1.5 3 4 and 1 2.5 2.5 4: covariance 3.75, variances 4.5 each.
-    assert _spearman(np.array([1, 1, 2, 3]), np.array([5, 6, 6, 7])) == pytest.approx(3.75 / 4.5)
-    x_N = np.random.default_rng(0).normal(size=50)
-    assert _spearman(x_N, np.exp(x_N)) == pytest.approx(1)
-    assert _spearman(x_N, -(x_N**3)) == pytest.approx(-1)
-    assert _spearman(x_N, np.zeros(50)) is None
+def test_rows_that_were_not_scored_are_left_out(tiny, tmp_path):
+    rows = tiny.rows(tmp_path / "rows", [*LENGTHS, 7], source=["x", "y", "x", "y", "z"])
+    scores_N, losses_N = np.append(SCORES, np.nan), np.append(np.arange(4.0), np.nan)
+    summary = diagnose(tmp_path, rows, scores_N, None, losses_N)
+    whole = tiny.rows(tmp_path / "whole", LENGTHS, source=["x", "y", "x", "y"])
+    assert summary == diagnose(tmp_path / "whole", whole, SCORES, None, losses_N[:4])
+    assert [line["row"] for line in read_jsonl(tmp_path / "row_diagnostics.jsonl")] == [0, 1, 2, 3]
+    assert summary["rows"] == 4 and set(summary["sources"]) == {"x", "y"}
+    assert summary["correlation"]["norm"] is None and summary["top"][0]["norm"] is None
 
 
 def test_ranking_is_a_permutation_from_the_top_down():
