@@ -137,7 +137,8 @@ class Store:
         if not (self.path / "info.json").exists():
             raise InputError(f"{path} is not a finished gradient store; run `attribute build`")
         self.info = read_json(self.path / "info.json")
-        if not isinstance(self.info, dict) or self.info.get("format") != "taproot-gradients":
+        ours = isinstance(self.info, dict) and self.info.get("format") == "taproot-gradients"
+        if not ours or "shards" not in self.info:
             raise InputError(f"{path} is not a gradient store; make one with `attribute build`")
         files = [(self.path / s["file"], s["sha256"]) for s in self.info["shards"]]
         self.array = Parts([file for file, _ in files])

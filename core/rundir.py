@@ -110,7 +110,8 @@ class Run:
         if status == "DONE":
             manifest = {
                 str(f.relative_to(self.path)): {
-                    "bytes": f.stat().st_size, "sha256": checksum(f) or sha256_file(f),
+                    "bytes": f.stat().st_size,
+                    "sha256": checksum(f) or sha256_file(f),
                 }  # fmt: skip
                 for f in files
                 if f.name != "manifest.json"

@@ -31,9 +31,10 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
 
 
 def local_mesh() -> Mesh:
-    """The devices of this process as `data`, for work that splits rows over processes."""
+    """All devices of this process as `data`, for work whose rows are split over processes."""
     devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    axes = (AxisType.Auto,) * 2
+    return jax.make_mesh((len(devices), 1), ("data", "model"), axes, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -2,7 +2,7 @@
 
 import click
 
-from attribution.commands.build import build
+from attribution.commands.build import build, export
 from attribution.commands.doctor import doctor
 from attribution.commands.pipelines import ekfac, less, source, trackstar, trak
 from attribution.commands.query import query
@@ -12,6 +12,6 @@ from attribution.commands.validate import validate
 
 attribute_group = click.Group("attribute", help="Gradient influence of pool rows on a query.")
 for command in (
-    build, score, select, query, doctor, validate, trackstar, ekfac, trak, less, source
+    build, score, select, query, export, doctor, validate, trackstar, ekfac, trak, less, source,
 ):  # fmt: skip
     attribute_group.add_command(command)

@@ -88,9 +88,9 @@ def test_narrow_numbers(tiny, tmp_path, monkeypatch, dtype, largest):
 
 
 def test_advantages_scale_losses(tiny, relative, tmp_path):
-    plain = tiny.rows(tmp_path / "plain", LENGTHS)
-    factors = [0.5 * i - 2 for i in range(len(LENGTHS))]
-    rows = tiny.rows(tmp_path / "rows", LENGTHS, advantage=factors)
+    lengths, factors = [9, 13, 5, 11], [0.5, -2.0, 0.0, 3.0]
+    plain = tiny.rows(tmp_path / "plain", lengths)
+    rows = tiny.rows(tmp_path / "rows", lengths, advantage=factors)
     make(tiny, tmp_path / "store", plain)
     make(tiny, tmp_path / "scaled", rows)
     plain_ND, scaled_ND = (np.load(tmp_path / n / "gradients.npy") for n in ("store", "scaled"))
