@@ -531,8 +531,9 @@ def report(source: Path, out: Path | None) -> None:
 
 
 preset_option = click.option(
-    "--preset", type=click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"]),
-    default="tiny", help="size of the model; its weights are random",
+    "--preset", default="tiny",
+    type=click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"]),
+    help="size of the model; its weights are random",
 )  # fmt: skip
 
 

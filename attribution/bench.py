@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attribution import dot, exact, gradients, moments
-from attribution.moments import Moments, Positions, RuleName
+from attribution import dot, exact, gradients
+from attribution.curvature import moments
+from attribution.curvature.moments import Moments, Positions, RuleName
 from attribution.projection import Projection
-from attribution.targets import Spec, sites, targets
+from attribution.targets import Spec, sites, targets, width
 from core import families, model, schema
 from core.attention import causal_attention
 from core.config import Execution, ModelConfig
@@ -143,7 +144,7 @@ def _program(
     if name == "token_scores":
         spec = Spec(Projection(dims[0]))
         aux = gradients.projections(config, spec)
-        direction_1D = jax.random.normal(jax.random.key(2), (1, gradients.width(config, spec)))
+        direction_1D = jax.random.normal(jax.random.key(2), (1, width(config, spec)))
         tree = dot.by_sink(config, spec, direction_1D)
 
         def token_scores(params: schema.Params, aux: Any, tree: Any, ids_BT: jax.Array) -> Any:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attribution import targets
+from attribution.curvature.precondition import LARGEST
 from attribution.doctor_rows import (
     Finding,
     Special,
@@ -30,7 +31,6 @@ from attribution.doctor_rows import (
     score_findings,
 )
 from attribution.normalizer import Adafactor, Adam
-from attribution.precondition import LARGEST
 from attribution.store import Pass
 from attribution.targets import Feature, Spec
 from attribution.validation.ranks import spearman

@@ -19,21 +19,7 @@ from attribution import rules
 from attribution.normalizer import Adafactor, Adam
 from attribution.projection import Projection, dense, pair
 from attribution.rules import Normalised, Pair
-from attribution.targets import (  # noqa: F401
-    EMBEDDING,
-    HEAD,
-    Feature,
-    Spec,
-    Target,
-    Tree,
-    coverage,
-    features,
-    flatten,
-    sites,
-    targets,
-    unflatten,
-    width,
-)
+from attribution.targets import EMBEDDING, HEAD, Spec, Target, flatten, targets
 from core import model, schema
 from core.config import Execution, ModelConfig
 from core.errors import InputError
@@ -62,7 +48,10 @@ def projections(config: ModelConfig, spec: Spec, normalizer: Adam | Adafactor | 
     made = {t.sink: _aux(projection, t, spec.include_bias) for t in targets(config, spec)}
     if normalizer is None:
         return made if projection.dim else {}
-    return {sink: _normalised(made[sink], normalizer, sink) for sink in made}
+    if isinstance(normalizer, Adam):
+        scales = {sink: jnp.asarray(x) for sink, x in normalizer_.divide(normalizer).items()}
+        return {s: Normalised(m, scales[s]) if m else scales[s] for s, m in made.items()}
+    return {sink: _factored(m, normalizer, sink) for sink, m in made.items()}
 
 
 def _aux(projection: Projection, target: Target, bias: bool) -> Any:
@@ -83,10 +72,8 @@ def _aux(projection: Projection, target: Target, bias: bool) -> Any:
     return Pair(left_LHOP, pair(projection, site, depth, bias).right_IP)
 
 
-def _normalised(aux: Pair | None, normalizer: Adam | Adafactor, sink: str) -> Any:
-    if isinstance(normalizer, Adam):
-        scale_LOI = normalizer_.divide(normalizer)[sink]
-        return scale_LOI if aux is None else Normalised(aux, scale_LOI)
+def _factored(aux: Pair | None, normalizer: Adafactor, sink: str) -> Any:
+    """Adafactor's scales as part of the matrices, or of G where there are none."""
     g_LO, x_LI, bias_LO = normalizer_.scales(normalizer, sink)
     if aux is None:
         scale_LOI = g_LO[..., None] * x_LI[:, None]

@@ -7,10 +7,10 @@ expectation; Bergson's older `row_norm` scale gives each projection row unit len
 weighs sites by their shape. A matrix depends on (kind, seed, site name, side) alone: not on the
 model, the other sites, or the device.
 
-Target `global` is one sketch of all sites, P x P, the sum of their projections: entries of different
-sites are independent, so cross terms vanish on average. Its rows are Kronecker products, and its
-cost that of the two-sided projection. Bergson's global sketch, of M = `dim`, has dense rows, which
-cost M products for every entry of every gradient.
+Target `global` is one P x P sketch of all sites, the sum of their projections: entries of
+different sites are independent, so cross terms vanish on average. Its rows are Kronecker products,
+and its cost that of the two-sided projection. Bergson's global sketch, of M = `dim`, has dense
+rows, which cost M products for every entry of every gradient.
 """
 
 import hashlib
@@ -47,6 +47,10 @@ class Projection(NamedTuple):
         return self.kind.startswith("bergson-")
 
     @property
+    def entries(self) -> Literal["rademacher", "normal"]:
+        return "normal" if self.kind.endswith("normal") else "rademacher"
+
+    @property
     def shape(self) -> tuple[int, int]:
         return (1, self.dim) if self.dense else (self.dim, self.dim)
 
@@ -63,8 +67,9 @@ class Projection(NamedTuple):
 def matrix(projection: Projection, name: str, size: int) -> jax.Array:
     """[size, P] for one side of one site, e.g. name `h.0.attn.c_attn/left`."""
     if projection.bergson:
-        kind = projection.kind.removeprefix("bergson-")
-        m_PI = philox.matrix(_identifier(projection, name), projection.dim, size, kind)
+        m_PI = philox.matrix(
+            _identifier(projection, name), projection.dim, size, projection.entries
+        )
         m_IP = jnp.asarray(m_PI.T)
     else:
         m_IP = _own(projection, name, size)
@@ -107,13 +112,12 @@ def dense(projection: Projection, site: Site, layers: int, bias: bool) -> jax.Ar
         raise InputError(f"a dense sketch of {site.name} takes {4e-9 * m * size * layers:.0f} GB; "
                          "use --projection rademacher with --projection-target global, or a lower "
                          "--projection-dim")  # fmt: skip
-    kind = projection.kind.removeprefix("bergson-")
     step = max(1, BLOCK // m)
     out = np.empty((layers, m, size), np.float32)
     for layer in range(layers):
         for start in range(0, size, step):
             name = _identifier(projection, f"{site.name.format(l=layer)}/single")
             width = min(step, size - start)
-            part_MI = philox.matrix(f"{name}/{start}", m, width, kind)
+            part_MI = philox.matrix(f"{name}/{start}", m, width, projection.entries)
             out[layer, :, start : start + width] = part_MI
     return jnp.asarray(out.reshape(layers, m, site.outputs, inputs) / np.float32(m**0.5))

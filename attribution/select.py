@@ -23,9 +23,15 @@ BINS = 5
 def choose(
     scores_N: np.ndarray, trained_N: np.ndarray, k: int, strategy: Strategy, seed: int
 ) -> np.ndarray:
-    """Row numbers in increasing order. trained_N: supervised tokens of each row."""
+    """Row numbers in increasing order. trained_N: supervised tokens of each row.
+
+    Of rows that have a score: the others hold NaN where only candidates were scored.
+    """
+    scored = np.flatnonzero(~np.isnan(scores_N))
+    if len(scored) < len(scores_N):
+        return scored[choose(scores_N[scored], trained_N[scored], k, strategy, seed)]
     if not 1 <= k <= len(scores_N):
-        raise InputError(f"--k {k} is not between 1 and the number of rows, {len(scores_N)}")
+        raise InputError(f"--k {k} is not between 1 and the number of scored rows, {len(scores_N)}")
     order = ranking(scores_N, seed)
     top = order[:k]
     if strategy == "top":

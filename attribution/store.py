@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attribution import gradients
-from attribution.gradients import Spec
+from attribution import gradients, targets
 from attribution.normalizer import Adafactor, Adam
+from attribution.targets import Spec
 from core import distributed
 from core.checkpoint import Loaded
 from core.config import Execution
@@ -69,7 +69,7 @@ class Pass:
         mesh = local_mesh()
         self.aux = gradients.projections(loaded.config, spec, normalizer)
         self.aux = jax.device_put(self.aux, replicated(mesh))
-        self._variables = jax.device_put(loaded.variables, replicated(mesh))
+        self.variables = jax.device_put(loaded.variables, replicated(mesh))
         self._place, self._over_rows = placer(), over_rows(mesh)
         self._take(rows)
 
@@ -85,15 +85,19 @@ class Pass:
         self.plan = Plan(rows.take(self.share), self.batch_tokens, jax.local_device_count())
         self.advantages = advantages(rows)
 
-    def compute(self, batch: Batch) -> Features:
+    def inputs(self, batch: Batch) -> tuple[np.ndarray, tuple[jax.Array, ...]]:
+        """(row numbers [B]; ids, labels and perhaps advantages on the devices) of a batch."""
         rows_B = np.where(batch.rows_B < 0, -1, batch.rows_B + self.share.start)
-        factors = []
+        arguments = self._place(batch)
         if self.advantages is not None:
-            factors = [place(self.advantages[rows_B], self._over_rows)]
+            arguments += (place(self.advantages[rows_B], self._over_rows),)
+        return rows_B, arguments
+
+    def compute(self, batch: Batch) -> Features:
+        rows_B, arguments = self.inputs(batch)
         features_BD, losses_B = gradients.example_gradients(
-            self.loaded.config, self.execution, self.spec, self._variables, self.aux,
-            *self._place(batch), *factors,
-        )  # fmt: skip
+            self.loaded.config, self.execution, self.spec, self.variables, self.aux, *arguments
+        )
         return Features(rows_B, features_BD, losses_B)
 
     @property
@@ -247,7 +251,7 @@ def build(run: Run, source: Pass, dtype: str = "float32") -> dict[str, Any]:
     """
     config, n = source.loaded.config, len(source.rows)
     run.inputs(**source.hashes, **distributed.layout())  # they decide the batches' sizes
-    width = gradients.width(config, source.spec)
+    width = targets.width(config, source.spec)
     store = FilledArray(run.path / "gradients.npy", (n, width), ON_DISK[dtype])
     losses = FilledArray(run.path / "losses.npy", (n,))
     start = min(store.next_batch, losses.next_batch)
@@ -271,8 +275,8 @@ def build(run: Run, source: Pass, dtype: str = "float32") -> dict[str, Any]:
         "dtype": dtype,
         "shards": [{"file": f.name, "sha256": s} for f, s in zip(files, sums, strict=True)],
         "spec": source.spec.to_json(),
-        "sites": [f._asdict() for f in gradients.features(config, source.spec)],
-        "coverage": gradients.coverage(config, source.spec),
+        "sites": [f._asdict() for f in targets.features(config, source.spec)],
+        "coverage": targets.coverage(config, source.spec),
         "rows_path": str(source.rows.path),
         **source.hashes,
     }

@@ -3,6 +3,14 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is what most tests wait for; so compiled, programs compute the same a little slower.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ["TAPROOT_CACHE"] = ""  # no tokenizer table comes from, or goes to, a user's folder
 
 import jax

@@ -123,7 +123,8 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 for name in sys.argv[1:]:
     importlib.import_module(name)
-from attribution.gradients import Spec, example_gradients, projections
+from attribution.gradients import example_gradients, projections
+from attribution.targets import Spec
 from core import families, schema
 from core.config import Execution, ModelConfig
 import jax.numpy as jnp

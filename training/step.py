@@ -96,7 +96,7 @@ def gradients(
         keys_A = jax.vmap(jax.random.fold_in, (None, 0))(dropout, jnp.arange(ids_ABT.shape[0]))
     micros = (ids_ABT, labels_ABT, weights_ABT, keys_A)
 
-    def numerator(params: Params, *micro: jax.Array) -> jax.Array:
+    def numerator(params: Params, *micro: Any) -> jax.Array:
         variables = recipe.variables(params, frozen)
         return model.weighted_loss(recipe.config, recipe.execution, variables, *micro)[0]
 

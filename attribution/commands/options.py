@@ -79,8 +79,3 @@ def spec_and_normalizer(opts: dict[str, Any], loaded: Any, row_norm: bool = Fals
         return spec, None
     moments = normalizer.load(opts["normalizer"], loaded.config, found, spec.include_bias)
     return spec._replace(normalizer=normalizer.identity(moments)), moments
-
-
-def gradient_spec(opts: dict[str, Any], loaded: Any, row_norm: bool = False) -> Any:
-    """The spec alone."""
-    return spec_and_normalizer(opts, loaded, row_norm)[0]

@@ -50,7 +50,7 @@ fit_options = options(
 
 
 def fit_settings(opts: dict[str, Any]) -> Any:
-    from attribution.kronecker import Settings
+    from attribution.curvature.kronecker import Settings
 
     return Settings(opts["method"], opts["corrected"], opts["labels"], opts["seed"])
 
@@ -224,8 +224,8 @@ def less(door: Door, **opts: Any) -> None:
     with running("attribute less", opts) as run:
         if run is None:
             return
-        trajectory, make, rows = over_run(door, opts)
-        end(run, pipeline.less(run, trajectory, *rows, make, opts["mode"]))
+        trajectory, make, pool, query = over_run(door, opts)
+        end(run, pipeline.less(run, trajectory, pool, query, make, opts["mode"]))
 
 
 @click.command("source")
@@ -247,11 +247,11 @@ def source(door: Door, **opts: Any) -> None:
     with running("attribute source", opts) as run:
         if run is None:
             return
-        trajectory, make, rows = over_run(door, opts)
+        trajectory, make, pool, query = over_run(door, opts)
         settings = pipeline.Settings(
             opts["segments"], fit_settings(opts), opts["damping"], opts["as_sgd"], opts["mode"]
         )
-        end(run, pipeline.source(run, trajectory, *rows, make, settings))
+        end(run, pipeline.source(run, trajectory, pool, query, make, settings))
 
 
 def over_run(door: Door, opts: dict[str, Any]) -> Any:
@@ -266,4 +266,4 @@ def over_run(door: Door, opts: dict[str, Any]) -> Any:
     def make(loaded: Any, rows: Any) -> Any:
         return Pass(loaded, rows, spec, execution(opts), opts["batch_tokens"])
 
-    return trajectory, make, load(door, opts, loaded)
+    return trajectory, make, *load(door, opts, loaded)

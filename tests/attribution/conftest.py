@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from attribution import dot, exact, gradients
 from core import families, model, schema
 from core.checkpoint import Loaded, fingerprint, load_model
 from core.config import Execution, ModelConfig
@@ -16,7 +15,7 @@ from core.rows import Rows, load_rows, save_rows
 
 # No two sizes that could be swapped by mistake are equal.
 CONFIG = ModelConfig("gpt2", 61, 40, 12, 3, 2, 20, 6)
-# Compiling is what these tests wait for; this compiles quickly and computes the same.
+# As tests/conftest.py has them, for processes that tests start.
 QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
@@ -26,7 +25,7 @@ class Tiny:
     config = CONFIG
     untied = dataclasses.replace(CONFIG, tied=False)
     quick = QUICK
-    jit = staticmethod(functools.partial(jax.jit, compiler_options=QUICK))
+    jit = staticmethod(jax.jit)
 
     @staticmethod
     def params(config: ModelConfig = CONFIG, seed: int = 0, dtype: str = "float32"):
@@ -137,19 +136,3 @@ def bergson(request) -> Bergson:
 @functools.cache
 def _bergson(name: str) -> Bergson:
     return Bergson(name)
-
-
-@pytest.fixture(scope="module")
-def quick_passes():
-    """The jitted passes of `attribution` compiled quickly, as `Tiny.jit` does."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, names in {
-            gradients: ("example_gradients",),
-            exact: ("token_scores", "summed_gradient"),
-            dot: ("scores", "features_and_tokens"),
-        }.items():
-            for name in names:
-                static = {"static_argnums": (0, 1, 2)}
-                static |= {"static_argnames": "tokens"} if name == "scores" else {}
-                patch.setattr(module, name, Tiny.jit(getattr(module, name), **static))
-        yield

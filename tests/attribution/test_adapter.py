@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attribution import gradients
-from attribution.gradients import Spec
+from attribution import gradients, targets
 from attribution.projection import Projection, matrix
 from attribution.store import Pass, Store, build
+from attribution.targets import Spec
 from core import adapter, families, model, schema
 from core.adapter import Adapter, LoraSpec
 from core.checkpoint import load_model
@@ -43,7 +43,7 @@ def test_features_are_those_of_peft(tiny, relative, name):
     with np.load(GOLDEN / name / "expected.npz") as file:
         ids_BT, labels_BT = file["ids"], file["labels"]
     features_BD, losses_B = run(tiny, config, loaded.variables, spec, ids_BT, labels_BT)
-    layout, prefix = gradients.features(config, spec), families.of(config).PREFIX
+    layout, prefix = targets.features(config, spec), families.of(config).PREFIX
     with np.load(GOLDEN / f"{name}_lora" / "expected.npz") as expected:
         assert relative(losses_B, expected["losses"].sum(1)) < 1e-5
         names = [f"example_grad/base_model.model.{prefix}{f.name}.weight" for f in layout]
@@ -52,8 +52,8 @@ def test_features_are_those_of_peft(tiny, relative, name):
             end = feature.offset + feature.shape[0] * feature.shape[1]
             ours_BD = features_BD[:, feature.offset : end]
             assert relative(ours_BD.reshape(-1, *feature.shape), expected[key]) < 1e-5
-    assert features_BD.shape[1] == gradients.width(config, spec) == end
-    assert gradients.width(config, spec) == adapter.size(loaded.adapter.spec, config)
+    assert features_BD.shape[1] == targets.width(config, spec) == end
+    assert targets.width(config, spec) == adapter.size(loaded.adapter.spec, config)
 
 
 def factors(tiny, dtype="float64"):
@@ -85,7 +85,7 @@ def test_features_are_vmap_grad_and_projected_like_any_site(tiny, relative, x64)
     params, (ids_BT, labels_BT) = tiny.params(dtype="float64"), tiny.batch(LENGTHS)
     variables = {"params": params, "lora": adapter.collection(LORA, tiny.config, factors(tiny))}
     expected = plain(tiny, params, ids_BT, labels_BT)
-    names = [f.name for f in gradients.features(tiny.config, FULL)]
+    names = [f.name for f in targets.features(tiny.config, FULL)]
     assert names == [
         "h.0.attn.c_proj.lora_A", "h.0.attn.c_proj.lora_B", "h.1.attn.c_proj.lora_A",
         "h.1.attn.c_proj.lora_B", "h.2.attn.c_proj.lora_A", "h.2.attn.c_proj.lora_B",
@@ -93,8 +93,8 @@ def test_features_are_vmap_grad_and_projected_like_any_site(tiny, relative, x64)
     ]  # fmt: skip
     for spec in (FULL, PROJECTED):
         features_BD, _ = run(tiny, tiny.config, variables, spec, ids_BT, labels_BT)
-        assert features_BD.shape[1] == gradients.width(tiny.config, spec)
-        for f in gradients.features(tiny.config, spec):
+        assert features_BD.shape[1] == targets.width(tiny.config, spec)
+        for f in targets.features(tiny.config, spec):
             g_BOI = expected[f.name]
             if spec is PROJECTED:
                 left_OP = np.float64(matrix(spec.projection, f"{f.name}/left", g_BOI.shape[1]))
@@ -132,14 +132,14 @@ def test_a_store_is_of_one_adapter(tiny, tmp_path):
     store = Store(tmp_path / "store")
     store.check(spec, loaded.fingerprint)
     assert info["model"] == loaded.fingerprint != load_model(GOLDEN / "gpt2_tiny").fingerprint
-    assert info["coverage"] == gradients.coverage(loaded.config, spec)
+    assert info["coverage"] == targets.coverage(loaded.config, spec)
     for other in (spec._replace(adapter=None), spec._replace(adapter=LORA)):
         with pytest.raises(InputError, match="use the same options"):
             store.check(other, loaded.fingerprint)
 
 
 def test_coverage_counts_the_factors(tiny):
-    share, c = gradients.coverage(tiny.config, FULL), tiny.config
+    share, c = targets.coverage(tiny.config, FULL), tiny.config
     size = adapter.size(LORA, c)
     assert size == 3 * (3 * (12 + 12) + (12 + 20))
     total = sum(x.size for x in jax.tree.leaves(tiny.params()))

@@ -25,8 +25,9 @@ def passes(tiny, bergson):
         moments = None
         if spec.normalizer is not None:
             path = bergson.folder / "normalizers.npz"
-            moments = normalizers.load(path, bergson.config, targets(bergson.config, spec), spec.include_bias,
-                           spec.normalizer[0])  # fmt: skip
+            found = targets(bergson.config, spec)
+            kind = spec.normalizer[0]
+            moments = normalizers.load(path, bergson.config, found, spec.include_bias, kind)
         aux = gradients.projections(bergson.config, spec, moments)
         one = tiny.jit(
             functools.partial(gradients.example_gradients, bergson.config, Execution(), spec)

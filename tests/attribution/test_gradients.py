@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attribution import gradients
-from attribution.gradients import Spec
+from attribution import gradients, targets
 from attribution.projection import Projection
+from attribution.targets import Spec
 from core.config import Execution
 from core.hf.convert import import_hf
 
@@ -53,7 +53,7 @@ def test_features_are_those_of_transformers(run, relative, name, bias):
     spec = Spec(Projection(0), include_bias=bias)
     with np.load(folder / "expected.npz") as expected:
         features_BD, losses_B = run(config, params, spec, expected["ids"], expected["labels"])
-        layout = gradients.features(config, spec)
+        layout = targets.features(config, spec)
         modules = [key.split("/")[1] for key in expected if key.startswith("example_grad/")]
         modules = [name.removesuffix(".weight") for name in modules if name.endswith(".weight")]
         assert [f.name for f in layout] == modules
@@ -67,16 +67,16 @@ def test_features_are_those_of_transformers(run, relative, name, bias):
             size = f.shape[0] * f.shape[1]
             ours_BD = features_BD[:, f.offset : f.offset + size]
             assert relative(ours_BD.reshape(g_BOI.shape), g_BOI) < 1e-5
-    assert features_BD.shape[1] == gradients.width(config, spec) == layout[-1].offset + size
+    assert features_BD.shape[1] == targets.width(config, spec) == layout[-1].offset + size
 
 
 def test_layout_is_without_gaps(tiny):
     for spec in (FULL, PROJECTED, Spec(Projection(0), include_bias=True)):
         end = 0
-        for feature in gradients.features(tiny.config, spec):
+        for feature in targets.features(tiny.config, spec):
             assert feature.offset == end
             end += feature.shape[0] * feature.shape[1]
-        assert end == gradients.width(tiny.config, spec)
+        assert end == targets.width(tiny.config, spec)
 
 
 @pytest.mark.parametrize("spec", [FULL, PROJECTED], ids=["full", "projected"])
@@ -138,7 +138,7 @@ def test_first_label_is_never_used(run, tiny):
 
 
 def test_coverage_counts_the_sites(tiny):
-    share = gradients.coverage(tiny.config, FULL)
+    share = targets.coverage(tiny.config, FULL)
     c = tiny.config
     blocks = c.layers * (4 * c.width**2 + 2 * c.width * c.mlp_width)
     total = sum(x.size for x in jax.tree.leaves(tiny.params()))
@@ -149,7 +149,7 @@ def test_coverage_counts_the_sites(tiny):
 MANY_DEVICES = """
 import sys
 import jax, numpy as np
-from attribution.gradients import Spec
+from attribution.targets import Spec
 from attribution.projection import Projection
 from attribution.store import Pass, batches
 from core.checkpoint import load_model

@@ -32,7 +32,7 @@ def test_depends_on_seed_name_and_side_alone(kind):
 def test_a_site_is_the_same_in_a_model_of_other_depth():
     site = Site("blocks/mlp_c_fc", "h.{l}.mlp.c_fc", 10, 14, True)
     shallow, deep = (pair(Projection(4), site, layers, False) for layers in (2, 5))
-    for a, b in zip(shallow, deep, strict=True):
+    for a, b in zip(shallow[:2], deep[:2], strict=True):
         np.testing.assert_array_equal(a, b[:2])
         assert len(np.unique(np.asarray(b), axis=0)) == 5  # layers differ
     assert deep.left_OP.shape == (5, 14, 4) and deep.right_IP.shape == (5, 10, 4)
@@ -80,7 +80,8 @@ def test_row_norm_gives_every_direction_unit_length(kind):
 
 
 def test_negative_size_is_refused(tiny):
-    from attribution.gradients import Spec, projections
+    from attribution.gradients import projections
+    from attribution.targets import Spec
 
     with pytest.raises(InputError, match="projection-dim"):
         projections(tiny.config, Spec(Projection(-1)))

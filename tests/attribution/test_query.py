@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from attribution import query
 from attribution.commands.query import query as command
-from attribution.gradients import Spec
 from attribution.projection import Projection
 from attribution.store import Pass, Store, build
+from attribution.targets import Spec
 from core.checkpoint import load_model, save_model
 from core.command import Door
 from core.config import Execution

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attribution import gradients, rules
-from attribution.gradients import Spec
+from attribution import gradients, rules, targets
 from attribution.projection import Projection
+from attribution.targets import Spec
 from core import model, schema
 from core.config import Execution
 from core.linear import Sink
@@ -52,7 +52,7 @@ def catch_all(tiny, config, execution, params, ids_BT, labels_BT):
     specs = [Spec(Projection(P), bias) for bias in (False, True)]
     pairs = {spec.include_bias: gradients.projections(config, spec) for spec in specs}
     aux, outs = {}, {}
-    for site in gradients.sites(config):
+    for site in targets.sites(config):
         shapes = {
             "project": lambda i, o: (P, P), "tokens": lambda i, o: (t, P, P),
             "full": lambda i, o: (o, i), "norm": lambda i, o: (),
@@ -92,11 +92,12 @@ def test_every_rule_is_vmap_grad(tiny, relative, dtype, layers, remat):
         tolerance = {"float32": 1e-5, "float64": 1e-12}[dtype]
         caught, pairs = catch_all(tiny, config, execution, params, ids_BT, labels_BT)
         plain = plain_gradients(tiny, config, dtype)
-        assert len(plain) == len(gradients.sites(config)) == 4
+        assert len(plain) == len(targets.sites(config)) == 4
         for bias in (False, True):
             for path, g_BLOI in plain.items():
                 g_LBOI = np.swapaxes(g_BLOI if bias else g_BLOI[..., :-1], 0, 1)
-                left_LOP, right_LIP = (np.asarray(m, dtype) for m in pairs[bias][f"{path}/weight"])
+                pair = pairs[bias][f"{path}/weight"]
+                left_LOP, right_LIP = (np.asarray(m, dtype) for m in pair[:2])
                 p_LBPQ = np.einsum("LBOI,LOP,LIQ->LBPQ", g_LBOI, left_LOP, right_LIP)
                 each = {name: caught[name, bias][path] for name, with_bias in RULES[::2]}
                 assert relative(each["full"], g_LBOI) < tolerance
@@ -122,7 +123,7 @@ def test_sinks_on_lora_factors_are_vmap_grad(tiny, relative, x64, layers):
     ids_BT, labels_BT = map(jnp.asarray, tiny.batch(LENGTHS))
     random, b = np.random.default_rng(5), len(LENGTHS)
     lora, zeros = {}, {}
-    for site in gradients.sites(config):
+    for site in targets.sites(config):
         sizes = {"a": (site.inputs, rank), "b": (rank, site.outputs)}
         for name, size in sizes.items():
             value = random.normal(0, 0.3, (config.layers, *size))
@@ -145,7 +146,7 @@ def test_sinks_on_lora_factors_are_vmap_grad(tiny, relative, x64, layers):
 
     found = tiny.jit(jax.grad(caught))(zeros)
     plain = tiny.jit(jax.vmap(jax.grad(alone), (None, 0, 0)))(lora, ids_BT, labels_BT)
-    for site in gradients.sites(config):
+    for site in targets.sites(config):
         for name in "ab":
             g_LBOI = schema.get(found, f"{site.path}/lora_{name}")
             g_BLIO = schema.get(plain, f"{site.path}/{name}")
@@ -156,7 +157,7 @@ def test_a_sink_changes_no_loss_and_no_other_gradient(tiny, x64):
     """An identity: the parameters' gradient is bit for bit what it is without it."""
     config, params = tiny.config, tiny.params(dtype="float64")
     ids_BT, labels_BT = map(jnp.asarray, tiny.batch(LENGTHS))
-    outs = {s.path: jnp.zeros((config.layers, len(LENGTHS))) for s in gradients.sites(config)}
+    outs = {s.path: jnp.zeros((config.layers, len(LENGTHS))) for s in targets.sites(config)}
     sinks: dict[str, Any] = {}
     for path, out in outs.items():
         schema.put(sinks, f"{path}/weight", Sink(rules.SquaredNorm(), None, out))

@@ -144,3 +144,17 @@ def test_what_was_not_scored_is_refused(tiny, scored, tmp_path):
     with pytest.raises(InputError, match="info.json does not exist"):
         select(tmp_path / "scores", scored, 3, "top", 0, tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_without_a_score_are_never_chosen(strategy):
+    """Where only candidates were scored, the others hold NaN."""
+    scores_N, trained_N = pool()
+    scores_N[::3] = np.nan
+    chosen = choose(scores_N, trained_N, 200, strategy, 0)
+    assert len(chosen) and np.isfinite(scores_N[chosen]).all()
+    kept = np.flatnonzero(np.isfinite(scores_N))
+    alone = choose(scores_N[kept], trained_N[kept], 200, strategy, 0)
+    np.testing.assert_array_equal(chosen, kept[alone])
+    with pytest.raises(InputError, match="number of scored rows, 2000"):
+        choose(scores_N, trained_N, 2001, strategy, 0)

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from attribution import gradients
-from attribution.gradients import Spec
+from attribution import gradients, targets
 from attribution.projection import Projection
 from attribution.store import Features, Pass, Store, batches, build, export, is_store
+from attribution.targets import Spec
 from core.checkpoint import save_model
 from core.config import Execution
 from core.errors import InputError
@@ -68,7 +68,7 @@ def test_narrow_numbers(tiny, tmp_path, monkeypatch, dtype, largest):
     """Rounded once, clipped to what the dtype holds, and float32 again for whoever reads them."""
     rows = tiny.rows(tmp_path / "rows", LENGTHS)
     source = Pass(tiny.loaded(), rows, SPEC, Execution(), 96)
-    shape = (len(LENGTHS), gradients.width(tiny.config, SPEC))
+    shape = (len(LENGTHS), targets.width(tiny.config, SPEC))
     given_ND = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
     given_ND[3, :2] = [3.4028e38, -3.4028e38]  # round to infinity in either dtype
 
@@ -186,7 +186,7 @@ def test_full_disk_is_told_before_any_work(tiny, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    need = 4 * len(LENGTHS) * gradients.width(tiny.config, SPEC) / 1e9
+    need = 4 * len(LENGTHS) * targets.width(tiny.config, SPEC) / 1e9
     with pytest.raises(InputError, match=f"No space left on device.* {need:.3g} GB"):
         make(tiny, tmp_path / "store", rows)
     assert not list(tmp_path.glob("store/*.npy")) and not list(tmp_path.glob("store/*.tmp"))

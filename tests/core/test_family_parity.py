@@ -21,8 +21,6 @@ FOLDERS = (
     "neox_tiny_sequential",
 )  # fmt: skip
 TOLERANCE = 1e-5  # of the largest entry of what is compared
-# Compiling is what these tests wait for; this compiles quickly and computes the same.
-QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -76,7 +74,7 @@ def test_losses_and_gradients(golden, route, execution):
     config, params, expected, _ = golden
     loss = functools.partial(route, config, execution)
     ids_BT, labels_BT = jnp.asarray(expected["ids"]), jnp.asarray(expected["labels"])
-    derive = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    derive = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (total, losses_BT), gradients = derive(params, ids_BT, labels_BT)
     assert relative(losses_BT, expected["losses"]) <= TOLERANCE
     assert (np.asarray(losses_BT)[expected["losses"] == 0] == 0).all()

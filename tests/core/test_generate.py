@@ -448,7 +448,7 @@ def test_eight_devices_equal_one(tmp_path, close):
     found = []
     for devices in (1, 8):
         out = tmp_path / f"{devices}.npz"
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         process = subprocess.run(
             [sys.executable, "-c", DEVICES, str(GOLDEN / "gemma3_tiny"), str(out)],
             env={**os.environ, "XLA_FLAGS": flags}, cwd=ROOT, capture_output=True, text=True,

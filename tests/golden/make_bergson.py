@@ -30,7 +30,7 @@ scores.npz      [N, Q] by name, or one column where queries are reduced; token_g
 source.npz      C/params/NAME, C/exp_avg_sq/NAME of checkpoints C = 0..3, in 2 segments; steps and
                 beta2 of their Adam; lrs and adam_lrs (for source_adam), segment_steps [2]
 
-Kronecker factors use the rows' own labels; `_cg` is ASTRA's conjugate gradients, 20 steps on all
+Kronecker factors use the rows' own labels; `_cg` is ASTRA's conjugate gradients, 8 steps on all
 rows; damping is 0.1 of the mean eigenvalue, in LiSSA 0.1.
 """
 
@@ -147,7 +147,7 @@ KRONECKER = {  # name: (factors, inversion, iterative refinement, with bias)
     "ekfac_cg": (
         HessianConfig("kfac", ev_correction=True),
         {},
-        {"num_steps": 20, "solver": "cg", "batch_size": len(LENGTHS["train"])},
+        {"num_steps": 8, "solver": "cg", "batch_size": len(LENGTHS["train"])},
         False,
     ),
     "tkfac": (HessianConfig("tkfac"), {}, {}, False),

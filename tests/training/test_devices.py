@@ -59,7 +59,7 @@ print(jax.device_count())
 
 def results(folder, devices, parallel):
     folder.mkdir()
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder), str(parallel)],
         env={**os.environ, "XLA_FLAGS": flags}, cwd=Path(__file__).parents[2],

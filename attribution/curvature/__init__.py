@@ -1,0 +1,1 @@
+"""Approximations of the loss's curvature, made of gradients, and their inverses."""
