@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attribution import dot, exact
-from attribution.outputs import Arrays, Scored, about, fill, folder_of, publish
+from attribution.outputs import Arrays, Scored, about, aligned, fill, folder_of, publish
 from attribution.score import check_query
 from attribution.store import Pass
 from attribution.targets import Tree, targets, width
@@ -180,6 +180,7 @@ def score_exact(
     info = {
         "settings": {"exact": True, "mode": mode, "tokens": tokens},
         "formula": "<g, mean_j q_j>" if mode == "mean" else "<g, q_j>",
+        **aligned(tokens),
         **about(scored, pool, query, control),
         "seconds": time.monotonic() - began,
     }

@@ -12,7 +12,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -136,6 +136,12 @@ def about(scored: Scored, pool: Pass | Store, query: Pass, control: Pass | None)
         "query": of(query),
         **({"control": of(control)} if control else {}),
     }
+
+
+def aligned(side: Literal["gradient", "loss"] | None) -> dict[str, Any]:
+    """What `info.json` says of token scores: entry t is of reading token t, or of predicting it."""
+    alignment = {"gradient": "position", "loss": "label"}
+    return {"tokens": {"side": side, "alignment": alignment[side]}} if side else {}
 
 
 def publish(

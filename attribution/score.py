@@ -28,7 +28,7 @@ import numpy as np
 from attribution import dot, targets
 from attribution.curvature import precondition
 from attribution.curvature.precondition import Inversion
-from attribution.outputs import Arrays, Scored, Source, about, fill, folder_of, publish
+from attribution.outputs import Arrays, Scored, Source, about, aligned, fill, folder_of, publish
 from attribution.store import Features, Pass, Store, batches, check_finite
 from core import distributed
 from core.errors import InputError
@@ -312,6 +312,7 @@ def score(
         "settings": dataclasses.asdict(settings),
         "formula": SELF if own else FORMULAS[settings.convention, settings.unit_norm],
         **noted,
+        **aligned("gradient" if settings.tokens else None),
         **about(scored, pool, query, control),
         "seconds": time.monotonic() - began,
     }

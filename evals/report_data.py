@@ -106,7 +106,9 @@ class Text(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """scores_NT [rows, tokens], memory-mapped in row order; alignment says what an entry is about.
+    """scores_NT [rows, tokens], or with a last axis of queries, memory-mapped in row order.
+
+    alignment says what an entry is about.
 
     `label`: of predicting token t. `position`: of reading it.
     """
@@ -250,7 +252,7 @@ def load_token_scores(path: Path, pool: Pool) -> TokenScores | None:
     if not file.exists():
         return None
     scores_NT = open_array(file)
-    if scores_NT.ndim != 2 or len(scores_NT) <= int(pool.row_N.max()):
+    if scores_NT.ndim not in (2, 3) or len(scores_NT) <= int(pool.row_N.max()):
         raise InputError(f"{file} is {list(scores_NT.shape)}, not a line for each of "
                          f"{len(pool.row_N)} rows: score the pool again")  # fmt: skip
     tokens = pool.info.get("tokens")
@@ -295,6 +297,7 @@ def chunk_texts(
         scores_T = np.full(len(ids), np.nan)
         if token_scores is not None:
             known_T = token_scores.scores_NT[row, : len(ids)]
+            known_T = known_T if known_T.ndim == 1 else known_T.mean(-1)  # of the mean query
             scores_T[: len(known_T)] = known_T
         return Text(pieces, scores_T)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from core.command import NATURAL, PATH, SEED, Finite, options
+from core.command import NATURAL, PATH, SEED, Finite, options, show
 
 KINDS = ["rademacher", "normal", "bergson-rademacher", "bergson-normal"]
 
@@ -79,3 +79,13 @@ def spec_and_normalizer(opts: dict[str, Any], loaded: Any, row_norm: bool = Fals
         return spec, None
     moments = normalizer.load(opts["normalizer"], loaded.config, found, spec.include_bias)
     return spec._replace(normalizer=normalizer.identity(moments)), moments
+
+
+def finish(run: Any, summary: dict[str, Any]) -> None:
+    """End a run that scored rows: a line about the scores and what they are of."""
+    from core.files import read_json
+
+    run.finish(rows=summary["rows"])
+    covered = read_json(run.path / "info.json")["coverage"]
+    shares = {f"share_of_{name}": share for name, share in covered.items()}
+    show(run.path, {"rows": summary["rows"], **summary["score"], **shares})

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from attribution.commands.options import loss_options, module_options, spec_and_normalizer
+from attribution.commands.options import finish, loss_options, module_options, spec_and_normalizer
 from attribution.commands.score import score
 from core.command import (
     NATURAL,
@@ -21,7 +21,6 @@ from core.command import (
     options,
     out_option,
     running,
-    show,
 )
 
 rows_options = options(
@@ -62,11 +61,6 @@ def load(door: Door, opts: dict[str, Any], loaded: Any) -> tuple[Any, Any]:
     pool, query = door.rows(opts["pool"], loaded), door.rows(opts["query"], loaded)
     same_tokenizer(pool, query)
     return pool, query
-
-
-def end(run: Any, summary: dict[str, Any]) -> None:
-    run.finish(rows=summary["rows"])
-    show(run.path, {"rows": summary["rows"], **summary["score"]})
 
 
 @click.command("trackstar")
@@ -148,7 +142,7 @@ def ekfac(door: Door, **opts: Any) -> None:
             opts["token_side"] if opts["tokens"] else None,
         )
         pool = Pass(loaded, pool_rows, spec, execution(opts), opts["batch_tokens"])
-        end(
+        finish(
             run, pipeline.ekfac(run, pool, pool.of(query_rows), fit_rows, settings, opts["factors"])
         )
 
@@ -201,7 +195,7 @@ def trak(door: Door, **opts: Any) -> None:
                 spec, _ = spec_and_normalizer({**opts, **given, "projection_seed": seed}, loaded)
                 pool = Pass(loaded, pool_rows, spec, execution(opts), opts["batch_tokens"])
                 members.append(pipeline.Member(pool, pool.of(query_rows)))
-        end(run, pipeline.trak(run, members, opts["damping"], opts["mode"]))
+        finish(run, pipeline.trak(run, members, opts["damping"], opts["mode"]))
 
 
 @click.command("less")
@@ -225,7 +219,7 @@ def less(door: Door, **opts: Any) -> None:
         if run is None:
             return
         trajectory, make, pool, query = over_run(door, opts)
-        end(run, pipeline.less(run, trajectory, pool, query, make, opts["mode"]))
+        finish(run, pipeline.less(run, trajectory, pool, query, make, opts["mode"]))
 
 
 @click.command("source")
@@ -251,7 +245,7 @@ def source(door: Door, **opts: Any) -> None:
         settings = pipeline.Settings(
             opts["segments"], fit_settings(opts), opts["damping"], opts["as_sgd"], opts["mode"]
         )
-        end(run, pipeline.source(run, trajectory, pool, query, make, settings))
+        finish(run, pipeline.source(run, trajectory, pool, query, make, settings))
 
 
 def over_run(door: Door, opts: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from attribution.commands.options import gradient_options, spec_and_normalizer
+from attribution.commands.options import finish, gradient_options, spec_and_normalizer
 from core.command import (
     NATURAL,
     PATH,
@@ -18,7 +18,6 @@ from core.command import (
     model_option,
     out_option,
     running,
-    show,
 )
 
 
@@ -116,5 +115,4 @@ def score(door: Door, **opts: Any) -> None:
             )
         else:
             summary = scores.score(run, pool, query, settings, scored, control)
-        run.finish(rows=summary["rows"])
-        show(run.path, {"rows": summary["rows"], **summary["score"]})
+        finish(run, summary)

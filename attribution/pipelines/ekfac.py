@@ -14,7 +14,7 @@ from typing import Any, Literal
 from attribution import directions
 from attribution.curvature import conjugate, kronecker
 from attribution.directions import Mode, Side
-from attribution.outputs import Scored, about, publish
+from attribution.outputs import Scored, about, aligned, publish
 from attribution.store import Pass
 from core.errors import InputError
 from core.rows import Rows
@@ -67,5 +67,6 @@ def ekfac(
     else:
         tree = kronecker.apply(fitted, gradients, settings.inversion, settings.damping)
     part = directions.fill_directions(run.path, pool, scored, tree, settings.mode, settings.tokens)
-    info |= about(scored, pool, query, None) | {"seconds": time.monotonic() - began}
+    info |= aligned(settings.tokens) | about(scored, pool, query, None)
+    info |= {"seconds": time.monotonic() - began}
     return publish(run, scored, [part], settings.mode, info)

@@ -20,6 +20,7 @@ from core.config import Execution
 from core.errors import InputError
 from core.files import read_json
 from core.loss import Objective
+from core.rows import pad_batch
 from core.rundir import open_run
 from training.optim import Optim
 
@@ -43,6 +44,7 @@ def passes(bergson, tmp_path):
     return make
 
 
+@pytest.mark.parametrize("bergson", ["gemma3"], indirect=True)
 def test_ekfac(bergson, passes, run, close):
     pool, query = passes(PLAIN)
     settings = ekfac.Settings(Fit(labels="empirical"), mode="each")
@@ -50,6 +52,7 @@ def test_ekfac(bergson, passes, run, close):
     close(np.load(run.path / "scores.npy"), bergson.arrays("scores")["ekfac"], 1e-4)
 
 
+@pytest.mark.parametrize("bergson", ["gpt2"], indirect=True)
 def test_trak(bergson, passes, run, close):
     projection = Projection(32, "bergson-normal", target="global")
     pool, query = passes(Spec(projection, objective=Objective("log-odds")))
@@ -129,13 +132,16 @@ def test_less_is_its_formula(tiny, run, tmp_path, close):
     def make(loaded, rows):
         return Pass(loaded, rows, settings, Execution(), 64)
 
-    def gradient(factors, rows, i):
-        def loss(factors):
-            variables = {"params": base.params, "lora": adapter.collection(spec, config, factors)}
-            ids, labels = rows.ids(i)[None], rows.labels(i)[None]
-            return model.token_losses(config, Execution(), variables, ids, labels).sum()
+    @jax.jit
+    @jax.grad
+    def derive(factors, ids_1T, labels_1T):
+        variables = {"params": base.params, "lora": adapter.collection(spec, config, factors)}
+        return model.token_losses(config, Execution(), variables, ids_1T, labels_1T).sum()
 
-        return jax.tree.map(lambda g: g / float(rows.trained[i]), jax.grad(loss)(factors))
+    def gradient(factors, rows, i):
+        batch = pad_batch(rows, np.array([i]), 12)
+        grads = derive(factors, batch.ids_BT, batch.labels_BT)
+        return jax.tree.map(lambda g: g / float(rows.trained[i]), grads)
 
     def flat(tree):
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])

@@ -36,6 +36,8 @@ def test_each_method_leaves_scores(chain, run, tmp_path, method):
         tokens_NT = open_array(out / "token_scores.npy")
         np.testing.assert_allclose(np.nansum(tokens_NT, 1), scores, rtol=1e-4, atol=1e-9)
         assert info["cg_residuals"][-1] < info["cg_residuals"][0]
+        assert info["tokens"]["alignment"] == "label"
+        run("report", out)
     assert "already done" in run(*line)
 
 
