@@ -24,14 +24,14 @@ from attribution import score
 from attribution.outputs import PARTS, Scored, about, fill, publish
 from attribution.pipelines.trajectory import Point, Trajectory, by_sink
 from attribution.store import Pass
-from attribution.targets import flatten
+from attribution.targets import flatten, width
 from core.checkpoint import Loaded
 from core.errors import InputError
 from core.rows import Rows
 from core.rundir import Run
 from training.optim import Optim
 
-LARGEST = 8e9  # bytes of the queries' gradients
+LARGEST = 8e9  # bytes of gradients held at once
 
 
 @functools.partial(jax.jit, static_argnames="optim")
@@ -69,6 +69,9 @@ def less(
     if trajectory.optim.name != "adamw":
         raise InputError("LESS uses Adam's moments; give a run with --optimizer adamw")
     began, scored = time.monotonic(), Scored(pool_rows)
+    _check_size(
+        source(trajectory.at(0).loaded, pool_rows), 1 if mode == "mean" else len(query_rows)
+    )
     run.inputs(pool=pool_rows.sha, query=query_rows.sha, **trajectory.hashes())
     total: dict[str, np.ndarray] = {}
     last: tuple[Pass, Pass] | None = None
@@ -92,6 +95,16 @@ def less(
         "seconds": time.monotonic() - began,
     }
     return publish(run, scored, [arrays], mode, info)
+
+
+def _check_size(pool: Pass, queries: int) -> None:
+    """Raise when a batch of whole gradients, or the queries', would not fit."""
+    features = width(pool.loaded.config, pool.spec)
+    held = max(queries, max(len(chosen) for chosen, _ in pool.plan.batches))
+    if 4 * held * features > LARGEST:
+        raise InputError(f"{held} gradients of {features:,} features need "
+                         f"{4e-9 * held * features:.0f} GB; lower --batch-tokens, use --mode mean "
+                         "or --modules, or train an adapter")  # fmt: skip
 
 
 def _checkpoint(

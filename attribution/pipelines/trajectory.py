@@ -16,7 +16,7 @@ import optax
 from attribution import exact
 from attribution.targets import Spec, Tree
 from core import adapter as adapters
-from core import checkpoint, families, schema
+from core import checkpoint, schema
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
@@ -111,10 +111,9 @@ def _with(loaded: Loaded, trained: Params) -> Loaded:
 
 def by_sink(spec: Spec, loaded: Loaded, trained: Params) -> Tree:
     """Arrays shaped as what is trained, such as moments, as a tree [L,1,O,I(+1)]."""
+    if (spec.adapter is None) != (loaded.adapter is None):
+        raise InputError("the run trained an adapter, whose moments are no weights'; leave "
+                         "--gradients weight out")  # fmt: skip
     collection = "params" if spec.adapter is None else "lora"
-    if spec.adapter is None and set(trained) != set(schema.abstract(
-        families.rows(loaded.config), loaded.config.layers
-    )):  # fmt: skip
-        raise InputError("the run trained an adapter; give --gradients adapter")
     stacked = jax.tree.map(lambda x: x[None], trained)
     return exact.directions(loaded.config, spec, {collection: stacked})
