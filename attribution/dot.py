@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attribution import exact, gradients, rules
+from attribution import gradients, rules
 from attribution.gradients import Aux
 from attribution.rules import Pair
 from attribution.targets import (
@@ -156,7 +156,7 @@ def scores(
     outs = {t.sink: jnp.zeros((len(t.layers), *shape), wide) for t in found}
     caught, loss_BT = gradients.catch(
         config, execution, variables, Dot(tokens), aux, outs, ids_BT, labels_BT,
-        exact.weights(spec, labels_BT, advantages_B, wide), spec.objective,
+        gradients.example_weights(labels_BT, spec.loss, wide, advantages_B), spec.objective,
     )  # fmt: skip
     return _total([caught[t.sink] for t in found]), loss_BT.sum(1)
 
@@ -188,7 +188,7 @@ def features_and_tokens(
     outs = dict(zip(rule, zip(firsts, seconds, strict=True), strict=True))
     caught, loss_BT = gradients.catch(
         config, execution, variables, rule, both, outs, ids_BT, labels_BT,
-        exact.weights(spec, labels_BT, advantages_B, wide), spec.objective,
+        gradients.example_weights(labels_BT, spec.loss, wide, advantages_B), spec.objective,
     )  # fmt: skip
     features_BD = flatten(config, spec, {s: pair[0] for s, pair in caught.items()})
     return features_BD, _total([pair[1] for pair in caught.values()]), loss_BT.sum(1)

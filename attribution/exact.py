@@ -13,13 +13,13 @@ of `attribution.dot` divide the same score over the positions that the gradient 
 """
 
 import functools
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attribution import gradients
+from attribution.gradients import example_weights
 from attribution.targets import Spec, Target, Tree, targets
 from core import model, schema
 from core.config import Execution, ModelConfig
@@ -84,14 +84,6 @@ def _moved(variables: model.Variables, part: Params) -> model.Variables:
     return {**variables, **new}
 
 
-def weights(
-    spec: Spec, labels_BT: jax.Array, advantages_B: jax.Array | None, dtype: Any = jnp.float32
-) -> jax.Array:
-    """The weight of each token in its example's loss, times the example's factor, [B,T]."""
-    weights_BT = gradients.example_weights(labels_BT, spec.loss, dtype)
-    return weights_BT if advantages_B is None else weights_BT * advantages_B.astype(dtype)[:, None]
-
-
 @functools.partial(jax.jit, static_argnames=("config", "execution", "spec"))
 @model.full_precision
 def token_scores(
@@ -122,7 +114,7 @@ def token_scores(
         change_BTQ = change_BT[..., None]
     else:
         loss_BT, change_BTQ = jax.vmap(along, out_axes=(None, -1))(tangents)
-    weights_BT = weights(spec, labels_BT, advantages_B, change_BTQ.dtype)
+    weights_BT = example_weights(labels_BT, spec.loss, change_BTQ.dtype, advantages_B)
     return weights_BT[..., None] * change_BTQ, loss_BT
 
 
@@ -140,7 +132,7 @@ def summed_gradient(
     """The sum of the examples' gradients, unprojected, [L,1,O,I(+1)] by sink."""
 
     def loss(part: Params) -> jax.Array:
-        weights_BT = weights(spec, labels_BT, advantages_B)
+        weights_BT = example_weights(labels_BT, spec.loss, advantages_B=advantages_B)
         moved = _moved(variables, part)
         return model.weighted_loss(
             config, execution, moved, ids_BT, labels_BT, weights_BT, objective=spec.objective

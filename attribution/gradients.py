@@ -141,12 +141,17 @@ def _unstacked(aux: Any, out: Any) -> dict[str, Any]:
     return {"aux": jax.tree.map(lambda x: x[0], aux), "out": jax.tree.map(lambda x: x[0], out)}
 
 
-def example_weights(labels_BT: jax.Array, loss: str, dtype: Any = jnp.float32) -> jax.Array:
-    """The weight of each token in its example's loss, [B,T]."""
+def example_weights(
+    labels_BT: jax.Array,
+    loss: str,
+    dtype: Any = jnp.float32,
+    advantages_B: jax.Array | None = None,
+) -> jax.Array:
+    """The weight of each token in its example's loss, times the example's factor, [B,T]."""
     mask_BT = (labels_BT != model.loss.IGNORED).at[:, 0].set(False).astype(dtype)
     if loss == "mean":
         mask_BT = mask_BT / jnp.maximum(mask_BT.sum(1, keepdims=True), 1)
-    return mask_BT
+    return mask_BT if advantages_B is None else mask_BT * advantages_B.astype(dtype)[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution", "spec"))
@@ -169,9 +174,7 @@ def example_gradients(
     b, found = ids_BT.shape[0], targets(config, spec)
     wide = np.promote_types(variables["params"]["embed"]["wte"].dtype, jnp.float32)
     outs = {t.sink: jnp.zeros((len(t.layers), b, *_emitted(spec, t)), wide) for t in found}
-    weights_BT = example_weights(labels_BT, spec.loss, wide)
-    if advantages_B is not None:
-        weights_BT = weights_BT * advantages_B.astype(wide)[:, None]
+    weights_BT = example_weights(labels_BT, spec.loss, wide, advantages_B)
     caught, nll_BT = catch(
         config, execution, variables, {t.sink: rule_of(spec, t) for t in found}, aux, outs, ids_BT,
         labels_BT, weights_BT, spec.objective,

@@ -21,7 +21,7 @@ from core.checkpoint import load_model
 from core.config import Execution
 from core.errors import InputError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "bergson"
+GOLDEN = Path(__file__).parents[2] / "golden" / "bergson"
 # Of the golden numbers. Rounding doubles from step to step: after 20 steps float32 and float64
 # differ by 7 % on these two models, after 8 by less than 1e-5.
 STEPS = 8

@@ -22,7 +22,7 @@ from core.checkpoint import load_model
 from core.config import Execution
 from core.errors import InputError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "bergson"
+GOLDEN = Path(__file__).parents[2] / "golden" / "bergson"
 LENGTHS = [13, 5, 16, 9]
 PLAIN, BIAS = Spec(Projection(0)), Spec(Projection(0), include_bias=True)
 SCAN = Execution(layers="scan")

@@ -10,7 +10,7 @@ import pytest
 from attribution.curvature import precondition
 from core.errors import InputError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "bergson"
+GOLDEN = Path(__file__).parents[2] / "golden" / "bergson"
 VALUES = np.array([-1e-9, 0, 0.1, 2, 7.9])
 MEAN = 2.0
 
