@@ -138,6 +138,12 @@ def about(scored: Scored, pool: Pass | Store, query: Pass, control: Pass | None)
     }
 
 
+def together(scores_NQ: np.ndarray, mode: str) -> np.ndarray:
+    """[N] for `mean` and `max` over the queries, [N,Q] for `each`; float32."""
+    over = {"mean": scores_NQ.mean, "max": scores_NQ.max}
+    return np.asarray(over[mode](1) if mode in over else scores_NQ, np.float32)
+
+
 def aligned(side: Literal["gradient", "loss"] | None) -> dict[str, Any]:
     """What `info.json` says of token scores: entry t is of reading token t, or of predicting it."""
     alignment = {"gradient": "position", "loss": "label"}

@@ -287,7 +287,7 @@ def score(
     config, spec = query.loaded.config, query.spec
     settings.check(pool, control is not None)
     if settings.preconditioner != "none":
-        precondition.check_size(spec.projection.dim, spec.projection.target == "global")
+        precondition.check_size(spec.projection)
     if settings.tokens:
         dot.check_tokens(config, spec, query.aux)
     run.inputs(pool=pool.hashes, query=query.hashes, control=control and control.hashes,

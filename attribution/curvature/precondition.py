@@ -9,12 +9,14 @@ is the case S = 1, E = D. Damping is relative to the mean eigenvalue; the resear
 took c mean|H_ij| over all entries, up to E times less when H is nearly diagonal.
 """
 
+import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attribution.projection import Projection
 from core.errors import InputError
 
 LARGEST = 4096
@@ -22,11 +24,11 @@ Inversion = Literal["damped", "absolute", "pseudo", "tikhonov"]
 METHODS = get_args(Inversion)
 
 
-def check_size(projection_dim: int, joint: bool = False) -> None:
-    """Raise when H would not fit: it needs E^2 numbers; E = P*P of a site, P of a joint sketch."""
-    if projection_dim == 0 or projection_dim ** (1 if joint else 2) > LARGEST:
-        limit = LARGEST if joint else int(LARGEST**0.5)
-        raise InputError("--precondition needs a projected gradient; use --projection-dim "
+def check_size(projection: Projection) -> None:
+    """Raise when H would not fit: it needs E^2 numbers, of a site or of a global sketch."""
+    if not 0 < math.prod(projection.shape) <= LARGEST:
+        limit = LARGEST if projection.dense else int(LARGEST**0.5)
+        raise InputError("a preconditioner needs projected gradients; use --projection-dim "
                          f"between 1 and {limit}, or --precondition none")  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attribution import score
-from attribution.outputs import PARTS, Scored, about, fill, publish
+from attribution.outputs import PARTS, Scored, about, fill, publish, together
 from attribution.pipelines.trajectory import Point, Trajectory, by_sink
 from attribution.store import Pass
 from attribution.targets import flatten, width
@@ -85,8 +85,7 @@ def less(
         last = pool, query
     assert last is not None
     scores_NQ, count = total["scores"], len(trajectory.steps)
-    together = {"mean": lambda x: x.mean(1), "max": lambda x: x.max(1), "each": lambda x: x}[mode]
-    arrays = {"scores": together(scores_NQ.astype(np.float32))}
+    arrays = {"scores": together(scores_NQ, mode)}
     arrays |= {k: (total[k] / count).astype(np.float32) for k in ("norms", "losses")}
     info = {
         "settings": {"mode": mode, "checkpoints": trajectory.steps},

@@ -18,7 +18,7 @@ import numpy as np
 
 from attribution import score
 from attribution.curvature import precondition
-from attribution.outputs import PARTS, Arrays, Scored, about, fill, publish
+from attribution.outputs import PARTS, Arrays, Scored, about, fill, publish, together
 from attribution.store import Pass
 from core import inference
 from core.errors import InputError
@@ -37,15 +37,14 @@ def trak(run: Run, members: Sequence[Member], damping: float, mode: str) -> dict
     began, first = time.monotonic(), members[0]
     if first.pool.spec.objective.kind != "log-odds":
         raise InputError("TRAK is defined on --objective log-odds; leave --objective out")
+    precondition.check_size(first.pool.spec.projection)
     scored = Scored(first.pool.rows)
     run.inputs(members=[[m.pool.hashes, m.query.hashes] for m in members])
     parts = [_member(run, number, member, damping) for number, member in enumerate(members)]
     scores_NQ = np.mean([part["scores"] for part in parts], axis=0)
     doubt_N = np.mean([part["doubt"] for part in parts], axis=0)
-    scores_NQ = (scores_NQ * doubt_N[:, None]).astype(np.float32)
-    together = {"mean": lambda x: x.mean(1), "max": lambda x: x.max(1), "each": lambda x: x}[mode]
     arrays: Arrays = {
-        "scores": together(scores_NQ),
+        "scores": together(scores_NQ * doubt_N[:, None], mode),
         "losses": np.mean([part["losses"] for part in parts], axis=0).astype(np.float32),
     }
     info = {

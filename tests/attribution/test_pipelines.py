@@ -63,6 +63,34 @@ def test_trak(bergson, passes, run, close):
         trak.trak(run, [trak.Member(*passes(Spec(projection)))], 0.1, "each")
 
 
+@pytest.mark.parametrize("bergson", ["gpt2"], indirect=True)
+def test_a_killed_run_continues_to_the_same_bytes(bergson, passes, tmp_path, monkeypatch):
+    projection = Projection(4, target="global")
+    pool, query = passes(Spec(projection, objective=Objective("log-odds")))
+    members = [trak.Member(pool, query)] * 2
+    place, count = Pass.inputs, [0]
+
+    def failing(self, batch):
+        count[0] += 1
+        if count[0] == 5:  # in the second member's first pass over the pool, or so
+            raise KeyboardInterrupt
+        return place(self, batch)
+
+    found = []
+    for name, inputs in (("whole", [place]), ("killed", [failing, place])):
+        for each in inputs:
+            monkeypatch.setattr(Pass, "inputs", each)
+            with open_run(tmp_path / name, "test", {}) as run:
+                if each is failing:
+                    with pytest.raises(KeyboardInterrupt):
+                        trak.trak(run, members, 0.1, "mean")
+                    assert not (run.path / "scores.npy").exists()
+                else:
+                    trak.trak(run, members, 0.1, "mean")
+        found.append((tmp_path / name / "scores.npy").read_bytes())
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def checkpoints(bergson, tmp_path):
     """Bergson's four checkpoints as a trajectory, with moments in the layout of parameters."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attribution.curvature import precondition
+from attribution.projection import Projection
 from core.errors import InputError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bergson"
@@ -164,18 +165,20 @@ def test_mixture_crosses_the_spectra_at_the_component():
         precondition.mixing_weight(query, np.zeros((2, 2)))
 
 
+@pytest.mark.parametrize("target", ["site", "global"])
 @pytest.mark.parametrize("dim", [0, 65, 1000])
-def test_size_that_cannot_be_inverted_is_refused_with_a_remedy(dim):
+def test_size_that_cannot_be_inverted_is_refused_with_a_remedy(dim, target):
     with pytest.raises(InputError, match="between 1 and 64, or --precondition none"):
-        precondition.check_size(dim)
+        precondition.check_size(Projection(dim, target=target))
 
 
-def test_a_joint_sketch_has_a_limit_of_its_own():
-    precondition.check_size(4096, joint=True)
+def test_a_dense_sketch_has_a_limit_of_its_own():
+    dense = Projection(4096, "bergson-normal", target="global")
+    precondition.check_size(dense)
     with pytest.raises(InputError, match="between 1 and 4096"):
-        precondition.check_size(4097, joint=True)
+        precondition.check_size(dense._replace(dim=4097))
 
 
 def test_sizes_that_fit_pass():
     for dim in (1, 16, 64):
-        precondition.check_size(dim)
+        precondition.check_size(Projection(dim))
