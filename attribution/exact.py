@@ -79,8 +79,9 @@ def _masked(target: Target, d_LQOI: jax.Array) -> jax.Array:
     return d_LQOI if keep_L.all() else jnp.where(keep_L[:, None, None, None], d_LQOI, 0)
 
 
-def _moved(variables: model.Variables, part: Params) -> model.Variables:
-    new = {k: _moved(variables[k], v) if isinstance(v, dict) else v for k, v in part.items()}
+def moved(variables: model.Variables, part: Params) -> model.Variables:
+    """`variables` with the leaves of `part` in place of theirs."""
+    new = {k: moved(variables[k], v) if isinstance(v, dict) else v for k, v in part.items()}
     return {**variables, **new}
 
 
@@ -103,8 +104,8 @@ def token_scores(
     """
 
     def losses(part: Params) -> jax.Array:
-        moved = _moved(variables, part)
-        return model.token_losses(config, execution, moved, ids_BT, labels_BT, spec.objective)
+        there = moved(variables, part)
+        return model.token_losses(config, execution, there, ids_BT, labels_BT, spec.objective)
 
     def along(tangent: Params) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(losses, (leaves(config, spec, variables),), (tangent,))
@@ -133,9 +134,9 @@ def summed_gradient(
 
     def loss(part: Params) -> jax.Array:
         weights_BT = example_weights(labels_BT, spec.loss, advantages_B=advantages_B)
-        moved = _moved(variables, part)
+        there = moved(variables, part)
         return model.weighted_loss(
-            config, execution, moved, ids_BT, labels_BT, weights_BT, objective=spec.objective
+            config, execution, there, ids_BT, labels_BT, weights_BT, objective=spec.objective
         )[0]
 
     found = cast(Params, jax.grad(loss)(leaves(config, spec, variables)))

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attribution import exact
 from attribution.curvature import kronecker, moments
 from attribution.curvature.kronecker import Factors, Inverse
 from attribution.gradients import example_weights
-from attribution.targets import Spec, Target, Tree
-from core import model, safetensors, schema, sharding
+from attribution.targets import Spec, Tree
+from core import model, safetensors, sharding
 from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
 from core.errors import InputError
@@ -34,6 +35,7 @@ from core.files import PathLike, dumps
 from core.inference import placer
 from core.progress import Progress
 from core.rows import Plan, Rows, read_ahead
+from core.schema import Params
 
 
 class Settings(NamedTuple):
@@ -66,44 +68,6 @@ class Refined(NamedTuple):
     norms_SQ: np.ndarray
 
 
-def _place(target: Target) -> tuple[str, str]:
-    """Collection and path of the matrix that a sink belongs to."""
-    if target.sink.endswith("/weight"):
-        return "params", f"{target.site.path}/w"
-    return "lora", target.site.path
-
-
-def leaves(found: list[Target], variables: model.Variables, bias: bool) -> Tree:
-    """The sites' matrices [L,I,O], with the bias as last row, by sink."""
-    tree: Tree = {}
-    for target in found:
-        collection, path = _place(target)
-        w_LIO = schema.get(variables[collection], path)
-        if bias and target.site.bias:
-            b_LO = schema.get(variables[collection], f"{target.site.path}/b")
-            w_LIO = jnp.concatenate([w_LIO, b_LO[:, None]], 1)
-        tree[target.sink] = w_LIO
-    return tree
-
-
-def replaced(found: list[Target], variables: model.Variables, tree: Tree) -> model.Variables:
-    """`variables` with the sites' matrices taken from `tree`, see `leaves`."""
-    new = jax.tree.map(lambda leaf: leaf, variables)  # its dictionaries, anew
-    for target in found:
-        collection, path = _place(target)
-        w_LIO = tree[target.sink]
-        inputs = target.site.inputs
-        schema.put(new[collection], path, w_LIO[:, :inputs])
-        if w_LIO.shape[1] > inputs:
-            schema.put(new[collection], f"{target.site.path}/b", w_LIO[:, inputs])
-    return new
-
-
-def _collected(target: Target, v_LOI: jax.Array) -> jax.Array:
-    """Zero in the layers that are not collected."""
-    return jnp.where(np.array(target.layers)[:, None, None], v_LOI, 0)
-
-
 @functools.partial(
     jax.jit, static_argnames=("config", "execution", "spec"), donate_argnames=("sums",)
 )
@@ -122,14 +86,14 @@ def add_product(
 
     The model runs once; each query costs a forward and a backward pass along it.
     """
-    found = moments.sites(config, spec)
+    moments.sites(config, spec)  # raises for what has no such curvature
     head_VD = model.head(config, variables["params"])
     weights_BT = example_weights(labels_BT, spec.loss, np.promote_types(head_VD.dtype, jnp.float32))
     shifted_BT = jnp.pad(weights_BT[:, 1:], ((0, 0), (0, 1)))
     targets_BT, chunk = model.targets(labels_BT), execution.tokens_per_chunk(config.vocab_size)
 
-    def hidden(tree: Tree) -> jax.Array:
-        return model.hidden(config, execution, replaced(found, variables, tree), ids_BT)
+    def hidden(part: Params) -> jax.Array:
+        return model.hidden(config, execution, exact.moved(variables, part), ids_BT)
 
     def slope(h_BTD: jax.Array) -> jax.Array:
         def total(h_BTD: jax.Array) -> jax.Array:
@@ -138,18 +102,16 @@ def add_product(
 
         return jax.grad(total)(h_BTD)
 
-    h_BTD, push = jax.linearize(hidden, leaves(found, variables, spec.include_bias))
-    pull = jax.linear_transpose(push, leaves(found, variables, spec.include_bias))
+    held = exact.leaves(config, spec, variables)
+    h_BTD, push = jax.linearize(hidden, held)
+    pull = jax.linear_transpose(push, held)
 
-    def one(v: Tree) -> Tree:
-        dh_BTD = push(jax.tree.map(lambda v_LOI: jnp.swapaxes(v_LOI, -1, -2), v))
-        dslope_BTD = jax.jvp(slope, (h_BTD,), (dh_BTD,))[1]
-        out = pull(dslope_BTD)[0]
-        return {t.sink: _collected(t, jnp.swapaxes(out[t.sink], -1, -2)) for t in found}
+    def one(tangent: Params) -> Params:
+        dslope_BTD = jax.jvp(slope, (h_BTD,), (push(tangent),))[1]
+        return pull(dslope_BTD)[0]
 
-    by_query = jax.tree.map(lambda v_LQOI: jnp.swapaxes(v_LQOI, 0, 1), tree)
-    products = jax.lax.map(one, by_query)
-    return jax.tree.map(lambda s, p_QLOI: s + jnp.swapaxes(p_QLOI, 0, 1), sums, products)
+    products = jax.lax.map(one, exact.tangents(config, spec, tree))
+    return jax.tree.map(jnp.add, sums, exact.directions(config, spec, products))
 
 
 def _dot(u: Tree, v: Tree) -> jax.Array:

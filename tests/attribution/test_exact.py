@@ -52,7 +52,7 @@ class Case:
         self.reverse = tiny.jit(jax.vmap(jax.grad(self._loss), (None, 0, 0, 0)))
 
     def _loss(self, part, ids_T, labels_T, weights_T):
-        moved = exact._moved(self.variables, part)
+        moved = exact.moved(self.variables, part)
         batch = ids_T[None], labels_T[None]
         return (model.token_losses(self.config, QUICK, moved, *batch) * weights_T[None]).sum()
 

@@ -15,7 +15,7 @@ from attribution.curvature.kronecker import Factors, Inverse
 from attribution.curvature.moments import Moments
 from attribution.projection import Projection
 from attribution.targets import Spec
-from core import model, rows
+from core import model, rows, schema
 from core.adapter import LoraSpec, collection, init
 from core.checkpoint import load_model
 from core.config import Execution
@@ -45,6 +45,12 @@ def quick(tiny):
         yield product
 
 
+def place_of(target):
+    """Where a target's matrix [L,I,O] stands among the variables."""
+    path = target.site.path
+    return f"params/{path}/w" if target.sink.endswith("/weight") else f"lora/{path}"
+
+
 @pytest.mark.parametrize("case", ["mean", "lora"])
 def test_product_is_that_of_the_dense_matrix(tiny, relative, quick, x64, case):
     """J^T (d^2 loss / dh^2) J v by jacobians, in float64, summed over documents."""
@@ -61,10 +67,23 @@ def test_product_is_that_of_the_dense_matrix(tiny, relative, quick, x64, case):
         spec = PLAIN._replace(adapter=adapter)
     ids_BT, labels_BT = map(jnp.asarray, tiny.batch(LENGTHS))
     found = moments.sites(config, spec)
-    tree = conjugate.leaves(found, variables, spec.include_bias)
+    places = {t.sink: place_of(t) for t in found}
+    tree = {}
+    for target in found:  # [L,I,O], the bias as last row
+        w_LIO = schema.get(variables, places[target.sink])
+        if spec.include_bias and target.site.bias:
+            b_LO = schema.get(variables, f"params/{target.site.path}/b")
+            w_LIO = jnp.concatenate([w_LIO, b_LO[:, None]], 1)
+        tree[target.sink] = w_LIO
 
     def hidden(tree):
-        return model.hidden(config, execution, conjugate.replaced(found, variables, tree), ids_BT)
+        moved = jax.tree.map(lambda x: x, variables)
+        for target in found:
+            w_LIO, inputs = tree[target.sink], target.site.inputs
+            schema.put(moved, places[target.sink], w_LIO[:, :inputs])
+            if w_LIO.shape[1] > inputs:
+                schema.put(moved, f"params/{target.site.path}/b", w_LIO[:, inputs])
+        return model.hidden(config, execution, moved, ids_BT)
 
     def loss(h_BTD):
         z_BTV = model.head_logits(h_BTD, model.head(config, variables["params"]))
