@@ -30,13 +30,16 @@ from core.command import (
     execution,
     execution_options,
     load_model,
+    lora_options,
     model_option,
     out_option,
     producing,
     running,
     show,
     tidy,
+    trained_adapter,
 )
+from training.options import training_options, training_settings
 
 
 class Cli(Group):
@@ -57,7 +60,7 @@ def cli(context: click.Context) -> None:
     from core.allocator import keep_freed_memory
 
     keep_freed_memory()
-    context.obj = Door(load_rows, load_tokenizer)
+    context.obj = door()
 
 
 def group(name: str, help: str) -> click.Group:
@@ -98,6 +101,25 @@ def load_tokenizer(name: str | None, loaded: Any = None) -> Any:
     if loaded is not None:
         check_vocabulary(tokenizer, loaded.config, place)
     return tokenizer
+
+
+def write_page(folder: Path) -> None:
+    """The report of a folder of scores, beside them."""
+    from evals.report import write_page
+
+    write_page(page_of(folder), folder / "report.html", folder)
+
+
+def page_of(folder: Path) -> dict[str, Any]:
+    """The report spec of a folder of scores."""
+    from attribution.select import read_info
+
+    info = read_info(folder)
+    return {"scores": ".", "rows": info["pool"]["path"], "tokenizer": info["tokenizer"]}
+
+
+def door() -> Door:
+    return Door(load_rows, load_tokenizer, write_page)
 
 
 # ------------------------------------------------------------------------------------- convert
@@ -237,10 +259,12 @@ def data_chat(**opts: Any) -> None:
 @click.option("--tokenizer", type=TOKENIZER, required=True,
               help="a name (bytes, gpt2, gpt2-mul), or a folder or file")  # fmt: skip
 @click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
+@click.option("--choices", type=click.Choice(["gold", "all"]), default="gold",
+              help="a row for the right choice, or one for each (for margins)")  # fmt: skip
 @click.option("--add-eos", is_flag=True, help="also supervise an end-of-text token")
 @out_option
 def data_query(**opts: Any) -> None:
-    """Turn benchmark items into query rows; only the answer is supervised."""
+    """Turn benchmark items into query rows; only the choice is supervised."""
     from evals.items import read_items
     from evals.query import build_query
 
@@ -248,7 +272,9 @@ def data_query(**opts: Any) -> None:
     with producing("data query", opts) as folder:
         if folder is not None:
             items = read_items(opts["items"])
-            info = build_query(items, tokenizer, opts["length"], folder, opts["add_eos"])
+            info = build_query(
+                items, tokenizer, opts["length"], folder, opts["add_eos"], opts["choices"]
+            )
             show(opts["out"], info, "rows", "tokens", "truncated_items", "alone_choices")
 
 
@@ -281,46 +307,26 @@ def data_demo(**opts: Any) -> None:
 @click.option("--rows", type=PATH, required=True)
 @click.option("--val-rows", type=PATH, help="rows for the validation loss")
 @out_option
-@click.option("--steps", type=POSITIVE, help="optimizer steps; default: from --epochs")
-@click.option("--epochs", type=POSITIVE, default=1, help="passes over the rows")
-@click.option("--batch", type=POSITIVE, default=8, help="rows of an optimizer step")
-@click.option("--accumulate", type=POSITIVE, default=1, help="micro-batches of a step")
-@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw")
-@click.option("--lr", type=Finite(0, 100, min_open=True), default=3e-4)
-@click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), default="cosine")
-@click.option("--warmup", type=NATURAL, default=0, help="steps of linear warm-up")
-@click.option("--end", type=Finite(0, 1), default=0.1, help="last learning rate, share of --lr")
-@click.option("--weight-decay", type=Finite(0), default=0.0, help="on matrices only")
-@click.option("--beta2", type=Finite(0, 1, max_open=True), default=0.95, help="of adamw")
-@click.option("--momentum", type=Finite(0, 1, max_open=True), default=0.0, help="of sgd")
-@click.option("--clip", type=Finite(0), default=1.0, help="global gradient norm; 0 = off")
-@click.option("--seed", type=SEED, default=0)
+@training_options()
 @click.option("--save-every", type=POSITIVE, default=500, help="steps")
 @click.option("--eval-every", type=POSITIVE, default=250, help="steps")
 @click.option("--keep", type=POSITIVE, default=2, help="checkpoints")
-@click.option("--lora-rank", type=POSITIVE, help="train an adapter of this rank, no weights")
-@click.option("--lora-alpha", type=Finite(0, min_open=True), help="default: twice the rank")
-@click.option("--lora-dropout", type=Finite(0, 1, max_open=True), help="default: 0")
-@click.option(
-    "--lora-targets",
-    help="ends of module names (q_proj,v_proj), or a regular "
-    "expression for whole names, or all-linear; default: the attention's projections",
-)
-@click.option("--lora-rslora", is_flag=True, help="scale by alpha / sqrt(rank), not alpha / rank")
+@lora_options
 @click.option("--model-parallel", type=POSITIVE, default=1, help="devices to split weights over")
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto",
               help="go on with the run in --out, or begin anew")  # fmt: skip
 @execution_options
 def train_lm(**opts: Any) -> None:
     """Train on rows, from scratch or from a model."""
+    import dataclasses
+
     import jax
 
     from core import families, schema
     from core.errors import InputError
     from core.families import read_config
     from core.rows import load_rows
-    from training.loop import Settings, train
-    from training.optim import Optim
+    from training.loop import recipe_of, train
 
     if (opts["model"] is None) == (opts["config_file"] is None):
         raise InputError("give either --model (continue) or --config (start from scratch)")
@@ -336,17 +342,13 @@ def train_lm(**opts: Any) -> None:
         fits = (config.vocab_size, config.context, tokenizer and tokenizer.fingerprint)
         rows = load_rows(opts["rows"], *fits)
         validation = load_rows(opts["val_rows"], *fits) if opts["val_rows"] else None
-        names = ("batch", "accumulate", "seed", "save_every", "eval_every", "keep",
-                 "model_parallel")  # fmt: skip
-        steps = opts["steps"] or max(round(opts["epochs"] * len(rows) / opts["batch"]), 1)
-        settings = Settings(steps, **{name: opts[name] for name in names})
-        optim = Optim(
-            opts["optimizer"], opts["lr"], opts["schedule"], opts["warmup"], opts["end"],
-            opts["weight_decay"], b2=opts["beta2"], momentum=opts["momentum"], clip=opts["clip"],
-        )  # fmt: skip
+        settings, optim = training_settings(opts, len(rows))
+        names = ("save_every", "eval_every", "keep", "model_parallel")
+        settings = dataclasses.replace(settings, **{name: opts[name] for name in names})
         settings.check(jax.device_count())
-        optim.check(steps)
+        optim.check(settings.steps)
         adapter = trained_adapter(opts, loaded)
+        recipe_of(config, execution(opts), optim, settings, adapter).optimizer()  # checks --decay
         run.inputs(
             rows=rows.sha,
             validation=validation and validation.sha,
@@ -363,34 +365,6 @@ def train_lm(**opts: Any) -> None:
         )  # fmt: skip
         run.finish(**summary)
         show(run.path, summary)
-
-
-def trained_adapter(opts: dict[str, Any], loaded: Any) -> Any:
-    """What `train lm` starts from: a new adapter or the model's, None to train all weights."""
-    import dataclasses
-
-    from core import adapter
-    from core.errors import InputError
-
-    names = ("rank", "alpha", "targets", "rslora")
-    given = [f"--lora-{name}" for name in names if opts[f"lora_{name}"]]
-    held, rate = loaded and loaded.adapter, opts["lora_dropout"]
-    if held:
-        if given:
-            raise InputError(f"the model has an adapter, which goes on as it is; leave {given[0]} "
-                             "out, or give the base model for --model")  # fmt: skip
-        rate = held.spec.dropout if rate is None else rate
-        return held._replace(spec=dataclasses.replace(held.spec, dropout=rate))
-    rank, config = opts["lora_rank"], loaded and loaded.config
-    if rank is None:
-        if given or rate is not None:
-            raise InputError(f"{(*given, '--lora-dropout')[0]} needs --lora-rank")
-        return None
-    text, alpha = opts["lora_targets"], opts["lora_alpha"] or 2 * rank
-    targets = adapter.parse_targets(text) if text else adapter.attention_targets(config)
-    spec = adapter.LoraSpec(rank, alpha, targets, rate or 0.0, opts["lora_rslora"])
-    factors = adapter.init(spec, config, opts["seed"])
-    return adapter.Adapter(spec, factors, loaded.fingerprint, str(opts["model"]))
 
 
 # ---------------------------------------------------------------------------------------- eval
@@ -516,13 +490,11 @@ def generate_command(**opts: Any) -> None:
 @click.option("--out", type=PATH, help="folder; default: where SOURCE lies")
 def report(source: Path, out: Path | None) -> None:
     """Write report.html and summary.json for SOURCE: a report spec (JSON) or a scores folder."""
-    from attribution.select import read_info
     from core.files import read_json
     from evals.report import build_report
 
     if source.is_dir():
-        info, folder, target = read_info(source), source, out or source / "report"
-        spec = {"scores": ".", "rows": info["pool"]["path"], "tokenizer": info["tokenizer"]}
+        spec, folder, target = page_of(source), source, out or source / "report"
     else:
         spec, folder, target = read_json(source), source.parent, out or source.parent
     summary = build_report(spec, target, folder)
@@ -631,9 +603,7 @@ def run_command(config: Path, out: Path | None) -> None:
     given = {key: value for key, value in given.items() if value is not None}  # null = default
     given |= {"out": out} if out else {}
     try:
-        context = command.make_context(
-            name, [], default_map=given, obj=Door(load_rows, load_tokenizer)
-        )
+        context = command.make_context(name, [], default_map=given, obj=door())
     except TypeError as error:  # click expects texts, or values of the right type
         raise InputError(f"{config}: an option has a value of another kind ({error})") from error
     with context:

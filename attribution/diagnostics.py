@@ -21,16 +21,19 @@ def diagnose(
     rows: Rows,
     scores: np.ndarray,
     norms_N: np.ndarray | None,
-    losses_N: np.ndarray,
+    losses_N: np.ndarray | None,
+    turn: float = 1.0,
 ) -> dict[str, Any]:
     """Write `row_diagnostics.jsonl` and `summary.json` beside the scores; returns the summary.
 
-    scores: [N], or [N,Q] with a column per query, of which the mean over queries is ranked. Rows
-    that were not scored hold NaN and are left out.
+    scores: [N], or [N,Q] with a column per query, of which the mean over queries is ranked; they
+    are written as they are. turn: times a score, larger = stronger proponent, which ranks and
+    correlations are of. Rows that were not scored hold NaN, as scores that overflowed may, and are
+    left out. losses_N: sums over a row's supervised tokens.
     """
     scores_N = np.asarray(scores if scores.ndim == 1 else scores.mean(1), np.float64)
-    scored_K = np.flatnonzero(~np.isnan(scores_N))
-    order_K = scored_K[ranking(scores_N[scored_K])]
+    scored_K = np.flatnonzero(np.isfinite(scores_N))
+    order_K = scored_K[ranking(turn * scores_N[scored_K])]
     rank_N = np.zeros(len(scores_N), np.int64)
     rank_N[order_K] = np.arange(len(order_K))
     names = [name for name in rows.columns if name in ("id", "doc", "source")]
@@ -45,13 +48,15 @@ def diagnose(
             "length": int(rows.lengths[i]),
             "trained": int(rows.trained[i]),
             "norm": None if norms_N is None else float(norms_N[i]),
-            "loss": float(losses_N[i]) / int(rows.trained[i]),
+            "loss": None if losses_N is None else float(losses_N[i]) / int(rows.trained[i]),
             "source": None,
             **{name: values[i] for name, values in provenance.items()},
         }
 
-    def correlation(values_N: np.ndarray) -> float | None:
-        return spearman(scores_N[scored_K], values_N[scored_K])
+    def correlation(values_N: np.ndarray | None) -> float | None:
+        if values_N is None or not len(scored_K):
+            return None
+        return spearman(turn * scores_N[scored_K], values_N[scored_K])
 
     with atomic(folder / "row_diagnostics.jsonl") as file:
         for i in scored_K.tolist():
@@ -61,13 +66,13 @@ def diagnose(
         "score": _statistics(scores_N[scored_K]),
         "correlation": {
             "length": correlation(rows.lengths),
-            "norm": None if norms_N is None else correlation(norms_N),
-            "loss": correlation(losses_N / rows.trained),
+            "norm": correlation(norms_N),
+            "loss": correlation(None if losses_N is None else losses_N / rows.trained),
         },
         "top": [line(i) for i in order_K[:10].tolist()],
         "bottom": [line(i) for i in order_K[-10:][::-1].tolist()],
     }
-    if "source" in provenance:
+    if "source" in provenance and len(scored_K):
         source_K = [str(provenance["source"][i]) for i in scored_K]
         found, which_K = np.unique(source_K, return_inverse=True)
         by_source = np.argsort(which_K, kind="stable")
@@ -80,6 +85,8 @@ def diagnose(
     return summary
 
 
-def _statistics(x_N: np.ndarray) -> dict[str, float]:
+def _statistics(x_N: np.ndarray) -> dict[str, float | None]:
+    if not len(x_N):
+        return dict.fromkeys(("mean", "sd", "p5", "median", "p95"))
     low, median, high = np.quantile(x_N, (0.05, 0.5, 0.95))
     return {"mean": x_N.mean(), "sd": x_N.std(), "p5": low, "median": median, "p95": high}

@@ -17,12 +17,12 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from attribution.diagnostics import diagnose, ranking
-from attribution.select import read_info
+from attribution.select import POSITIVE, read_proponents
 from attribution.store import Features, Pass, Store, check_finite, rows_before
 from attribution.targets import coverage
 from core import distributed
 from core.errors import InputError
-from core.files import PathLike, atomic, read_json, read_npy, write_json
+from core.files import PathLike, atomic, read_json, write_json
 from core.inference import overlapped
 from core.memmap import FilledArray
 from core.progress import Progress
@@ -177,7 +177,7 @@ def publish(
         if not (file := run.path / f"{name}.npy").exists():  # it was not filled in place
             with atomic(file) as stream:
                 np.save(stream, values, allow_pickle=False)  # pyright: ignore[reportArgumentType]
-    known = {"format": "taproot-scores", "sign": "positive = proponent (gradient inner product)"}
+    known = {"format": "taproot-scores", "sign": f"{POSITIVE} (gradient inner product)"}
     write_json(run.path / "info.json", known | info)
     found = diagnose(run.path, scored.rows, arrays["scores"], arrays.get("norms"), arrays["losses"])
     if aside.exists():
@@ -205,11 +205,7 @@ def candidates(path: PathLike, top: int | None, rows: Rows) -> np.ndarray:
         raise InputError("--candidates-top says how many of the best rows of a folder of scores; "
                          f"give it with a folder, and only then ({path})")  # fmt: skip
     if top is not None:
-        info, scores = read_info(path), read_npy(path / "scores.npy")
-        if info["pool"]["rows"] != rows.sha:
-            raise InputError(f"{path} scored {info['pool']['path']}, whose rows differ from "
-                             f"{rows.path}; give scores of the same pool")  # fmt: skip
-        scores_N = np.asarray(scores if scores.ndim == 1 else scores.mean(1), np.float64)
+        scores_N = read_proponents(path, rows).mean_N
         return np.sort(ranking(scores_N)[: min(top, np.isfinite(scores_N).sum())])
     try:
         chosen = np.unique([int(line) for line in path.read_text().split()])

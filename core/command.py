@@ -64,11 +64,12 @@ class Door(NamedTuple):
     """What the door hands to commands (`click.pass_obj`) of rooms that may not import `tokenizers`.
 
     rows: (path, loaded model) -> rows that fit it. tokenizer: (name or None, loaded model) -> the
-    tokenizer of that name or the model's own.
+    tokenizer of that name or the model's own. page: scores folder -> `report.html` in it.
     """
 
     rows: Callable[[Path, Any], Any]
     tokenizer: Callable[[str | None, Any], Any]
+    page: Callable[[Path], Any] = lambda folder: None
 
 
 def tidy(text: str) -> str:
@@ -180,14 +181,31 @@ model_option = options(
                  help="model folder, finished run, Hugging Face folder or hub name"),
     adapter_option,
 )  # fmt: skip
-execution_options = options(
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
-                 help="of activations and matmuls"),
+program_options = options(
     click.option("--layers", type=click.Choice(["auto", "scan", "unrolled"]), default="auto",
                  help="compile one block or all"),
     click.option("--remat/--no-remat", default=False, help="recompute blocks in the backward pass"),
     click.option("--loss-chunk", type=NATURAL, default=0,
                  help="tokens whose logits are held at once; 0 = auto"),
+)  # fmt: skip
+
+
+def dtype_option(*choices: str) -> Callable[[Any], Any]:
+    """`--dtype` of a command that can compute in these; the first is the default."""
+    return click.option("--dtype", type=click.Choice(choices), default=choices[0],
+                        help="of activations and matmuls")  # fmt: skip
+
+
+execution_options = options(dtype_option("float32", "bfloat16"), program_options)
+lora_options = options(
+    click.option("--lora-rank", type=POSITIVE, help="train an adapter of this rank, no weights"),
+    click.option("--lora-alpha", type=Finite(0, min_open=True), help="default: twice the rank"),
+    click.option("--lora-dropout", type=Finite(0, 1, max_open=True), help="default: 0"),
+    click.option("--lora-targets",
+                 help="ends of module names (q_proj,v_proj), or a regular expression for whole "
+                 "names, or all-linear; default: the attention's projections"),
+    click.option("--lora-rslora", is_flag=True,
+                 help="scale by alpha / sqrt(rank), not alpha / rank"),
 )  # fmt: skip
 batch_tokens_option = click.option(
     "--batch-tokens", type=POSITIVE, default=8192, help="tokens of a batch, padding included"
@@ -204,3 +222,34 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "float32") 
     from core.checkpoint import load_model
 
     return load_model(path, adapter, dtype)
+
+
+def trained_adapter(opts: dict[str, Any], loaded: Any) -> Any:
+    """What training starts from by `lora_options`: a new adapter or the model's, None for none.
+
+    loaded: the model, or None when there is none yet.
+    """
+    import dataclasses
+
+    from core import adapter
+    from core.errors import InputError
+
+    names = ("rank", "alpha", "targets", "rslora")
+    given = [f"--lora-{name}" for name in names if opts[f"lora_{name}"]]
+    held, rate = loaded and loaded.adapter, opts["lora_dropout"]
+    if held:
+        if given:
+            raise InputError(f"the model has an adapter, which goes on as it is; leave {given[0]} "
+                             "out, or give the base model for --model")  # fmt: skip
+        rate = held.spec.dropout if rate is None else rate
+        return held._replace(spec=dataclasses.replace(held.spec, dropout=rate))
+    rank, config = opts["lora_rank"], loaded and loaded.config
+    if rank is None:
+        if given or rate is not None:
+            raise InputError(f"{(*given, '--lora-dropout')[0]} needs --lora-rank")
+        return None
+    text, alpha = opts["lora_targets"], opts["lora_alpha"] or 2 * rank
+    targets = adapter.parse_targets(text) if text else adapter.attention_targets(config)
+    spec = adapter.LoraSpec(rank, alpha, targets, rate or 0.0, opts["lora_rslora"])
+    factors = adapter.init(spec, config, opts["seed"])
+    return adapter.Adapter(spec, factors, loaded.fingerprint, str(opts["model"]))

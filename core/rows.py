@@ -398,24 +398,37 @@ def read_ahead(source: Any, start: int = 0) -> Iterator[Any]:
     return iter(grain.MapDataset.source(source)[start:].to_iter_dataset(options))
 
 
-def training_batches(rows: Rows, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Endless shuffled batches [batch, T]; every epoch is shuffled anew.
+class TrainingBatches:
+    """Batches [batch, T] of training as a random-access source; every epoch is shuffled anew.
 
-    Batch number s is a function of (rows, batch, seed, s) alone, so a run resumes anywhere.
+    Batch number s is a function of (rows, batch, seed, shuffle, s) alone, so a run resumes anywhere
+    and may be walked backwards. drawn: rows in all, after which empty ones fill the last batch;
+    None: endless. Without `shuffle` an epoch has the rows' own order.
     """
-    import grain
 
-    longest = int(rows.lengths.max())
+    def __init__(
+        self, rows: Rows, batch: int, seed: int, shuffle: bool = True, drawn: int | None = None
+    ):
+        import grain
 
-    def load(chosen: np.ndarray) -> Batch:
-        length = bucket(int(rows.lengths[chosen].max()), longest)
-        return pad_batch(rows, chosen, length)
+        self.rows, self.size = rows, batch
+        self.longest = int(rows.lengths.max())
+        order = grain.MapDataset.range(len(rows))
+        order = order.seed(seed).shuffle() if shuffle else order
+        # Endless to any purpose; grain's own endless repeat overflows at a batch of one.
+        self.order: Any = order.repeat(2**62 // len(rows))
+        self.end = len(self.order) if drawn is None else drawn
 
-    # Endless to any purpose; grain's own endless repeat overflows at a batch of one.
-    epochs = 2**62 // len(rows)
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(epochs).batch(batch)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    iterator = iter(order.map(load).to_iter_dataset(options))
-    if start:
-        iterator.set_state({"next_index": start})
-    return iterator
+    def __len__(self) -> int:
+        return (self.end + self.size - 1) // self.size
+
+    def __getitem__(self, s: int) -> Batch:
+        places = range(s * self.size, (s + 1) * self.size)
+        chosen = np.array([self.order[i] if i < self.end else -1 for i in places], np.int64)
+        length = bucket(int(self.rows.lengths[chosen[chosen >= 0]].max()), self.longest)
+        return pad_batch(self.rows, chosen, length)
+
+
+def training_batches(rows: Rows, batch: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Endless shuffled batches from number `start`, see `TrainingBatches`."""
+    return read_ahead(TrainingBatches(rows, batch, seed), start)

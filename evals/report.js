@@ -38,6 +38,73 @@ for (const svg of all("svg")) {
   });
 }
 
+// Token scores: the bar at the page's edge follows the pointer and the focus. The title, which says
+// the same without this script, is moved aside so that the browser's tooltip does not cover the text.
+const readout = document.getElementById("readout");
+const visible = { "\n": "↵", "\t": "⇥", " ": "␣", "\u00a0": "⍽" };
+function showToken(token) {
+  if (token.title) {
+    token.dataset.score = token.title;
+    token.removeAttribute("title");
+  }
+  const [position, scores] = token.dataset.score.split(": ");
+  const effect = token.classList.contains("helps") ? "helps" : token.classList.contains("hurts") ? "hurts" : "little effect";
+  const text = token.textContent.replace(/[\n\t \u00a0]/g, (blank) => visible[blank]);
+  const strong = document.createElement("b");
+  strong.textContent = `‹${text}›`;
+  const facts = [`row ${token.closest("pre").dataset.row}`, `position ${Number(position).toLocaleString("en")}`, `score ${scores}`, effect];
+  readout.replaceChildren(strong, ...facts.map((fact) => Object.assign(document.createElement("span"), { textContent: fact })));
+  readout.className = token.className;
+}
+const hideToken = () => readout.replaceChildren();  // never hidden: a reader follows what it knows of
+
+// The nearest token of the line above or below, by where it stands on the screen.
+function vertical(tokens, from, down) {
+  const middle = (box) => (box.left + box.right) / 2;
+  const here = tokens[from].getClientRects()[0];
+  let line, best, least = Infinity;
+  for (let at = from + down; tokens[at]; at += down) {
+    const box = tokens[at].getClientRects()[0];
+    if (down * (box.top - here.top) < here.height / 2) continue;
+    line ??= box.top;
+    if (Math.abs(box.top - line) > here.height / 2) break;
+    const away = Math.abs(middle(box) - middle(here));
+    if (away < least) [best, least] = [at, away];
+  }
+  return best;
+}
+
+for (const block of all("pre.tokens")) {
+  const tokens = [...block.children].filter((child) => child.title);
+  block.addEventListener("pointerover", (event) => {
+    const token = event.target.closest("pre.tokens > span");
+    if (token) showToken(token); else hideToken();
+  });
+  block.addEventListener("pointerleave", () => {
+    if (block.contains(document.activeElement)) showToken(document.activeElement); else hideToken();
+  });
+  block.addEventListener("focusin", (event) => showToken(event.target));
+  block.addEventListener("focusout", hideToken);
+  const walk = (token) => {
+    if (!token) return;
+    block.querySelector('[tabindex="0"]')?.setAttribute("tabindex", -1);
+    token.tabIndex = 0;
+    token.focus();
+  };
+  block.addEventListener("click", (event) => walk(event.target.closest("pre.tokens > span")));
+  block.addEventListener("keydown", (event) => {
+    const at = tokens.indexOf(event.target);
+    const next = {
+      ArrowRight: () => at + 1, ArrowLeft: () => at - 1, Home: () => 0, End: () => tokens.length - 1,
+      ArrowDown: () => vertical(tokens, at, 1), ArrowUp: () => vertical(tokens, at, -1),
+    }[event.key];
+    if (event.key === "Escape") hideToken();
+    if (!next || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    walk(tokens[next()]);
+  });
+}
+
 const items = all(".chunks li");
 for (const tools of all(".tools")) tools.hidden = false;
 const filters = all(".tools [data-source]");

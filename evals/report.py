@@ -13,7 +13,7 @@ import numpy as np
 
 from core.errors import InputError
 from core.files import read_json, write_json, write_text
-from evals import report_validation
+from evals import report_magic, report_validation
 from evals.report_data import (
     Arm,
     Difference,
@@ -22,15 +22,16 @@ from evals.report_data import (
     Shown,
     Verdict,
     check_paired,
-    chunk_texts,
     load_arm,
+    load_magic,
     load_pool,
     load_run,
-    load_token_scores,
     paired_difference,
 )
 from evals.report_page import page
+from evals.report_rows import load_source, load_token_scores, row_texts
 from evals.report_text import count, listed, num, percent, signed
+from evals.report_toptokens import strongest
 from evals.statistics import paired_bootstrap, ranking_auc, recall_at_k
 
 SPEC_KEYS = {
@@ -76,6 +77,13 @@ def build_report(spec: dict[str, Any], out: Path, folder: Path = Path(".")) -> d
     return report.summary
 
 
+def write_page(spec: dict[str, Any], file: Path, folder: Path = Path(".")) -> dict[str, Any]:
+    """Write the page alone, into a folder that has a summary of its own; return the report's."""
+    report = read_report(spec, Path(folder))
+    write_text(file, page(report))
+    return report.summary
+
+
 def read_report(spec: dict[str, Any], folder: Path) -> Report:
     unknown = sorted(set(spec) - set(SPEC_KEYS))
     if unknown:
@@ -107,14 +115,13 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
     differences = _differences({arm.name: arm for arm in arms})
     run = spec.get("pretraining")
 
-    shown = _shown(pool, spec.get("shown", 12))
-    token_scores = load_token_scores(folder / next(iter(named.values())), pool)
-    texts = chunk_texts(
-        folder / spec["rows"] if spec.get("rows") else None,
-        _tokenizer_path(spec.get("tokenizer"), folder),
-        pool.row_N[[chunk.index for chunk in shown]],
-        token_scores,
-    )
+    shown, main = _shown(pool, spec.get("shown", 12)), folder / next(iter(named.values()))
+    token_scores = load_token_scores(main, pool.info, int(pool.row_N.max(initial=-1)) + 1)
+    rows = folder / spec["rows"] if spec.get("rows") else None
+    source = load_source(rows, _tokenizer_path(spec.get("tokenizer"), folder))
+    magic = load_magic(main, pool, source)
+    texts = row_texts(source, [int(pool.row_N[chunk.index]) for chunk in shown], token_scores)
+    top = strongest(source, token_scores, pool.higher_helps) if source and token_scores else None
     retrieval = {pool.name: _retrieval(pool, relevant, k) for pool in pools}
     summary: dict[str, Any] = {
         "title": spec.get("title"),
@@ -142,7 +149,11 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
     validations = _validations(spec, named, folder)
     if validations:
         summary["validation"] = report_validation.summary(validations)
-    verdict = _verdict(spec, pool, k, arms, differences, summary)
+    if magic and not arms:
+        verdict = report_magic.verdict(magic, top, spec.get("query"))
+        summary["trust"] = {"verdict": verdict.word, "reasons": verdict.reasons}
+    else:
+        verdict = _verdict(spec, pool, k, arms, differences, summary)
     summary["verdict"] = verdict.sentence
     return Report(
         spec=spec,
@@ -157,6 +168,8 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
         shown=shown,
         texts=texts,
         token_scores=token_scores,
+        strongest=top,
+        magic=magic,
         validations=validations,
         verdict=verdict,
         summary=summary,

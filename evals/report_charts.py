@@ -102,7 +102,7 @@ def tick_labels(ticks: Sequence[float]) -> tuple[list[str], str]:
     gaps = [b - a for a, b in zip(values, values[1:], strict=False)]
     decimals = max(0, -math.floor(math.log10(min(gaps)) + 1e-9)) if gaps else 2
     labels = [f"{v + 0.0:,.{decimals}f}".replace("-", "−") for v in values]
-    factor = num(10.0**power, 1).replace("1×", "×") if power else ""
+    factor = f"×{num(10.0**power, 1).removeprefix('1×')}" if power else ""
     return labels, factor
 
 
@@ -313,7 +313,9 @@ def band(start: float, end: float, top: float, bottom: float, at: float) -> str:
     )
 
 
-def learning(title: str, series: Sequence[Series], dots: Curve | None = None) -> str:
+def learning(
+    title: str, series: Sequence[Series], dots: Curve | None = None, of_dots: str = "validation"
+) -> str:
     """Training loss against step: thin lines are seeds, thick lines their mean."""
     left, right, top, bottom = 44, WIDTH - 84, 30, 250
     thinned = [(s, [_thin(c) for c in s.curves if len(c.step)]) for s in series]
@@ -336,11 +338,11 @@ def learning(title: str, series: Sequence[Series], dots: Curve | None = None) ->
     names = [(shortened(s.label, 12), s.colour) for s, _ in thinned]
     ends = [y(float(_smooth(m.y)[-1])) for m in means]
     if dots and len(dots.y):
-        names.append(("validation", "c-alt0"))
+        names.append((of_dots, "c-alt0"))
         ends.append(y(float(dots.y[-1])))
         for step, value in zip(dots.step, dots.y, strict=True):
             shape = f'<circle class="dot" cx="{x(step)}" cy="{y(value)}" r="3.5"/>'
-            label = f"validation loss {num(value)}\nstep {step:,.0f}"
+            label = f"{of_dots} loss {num(value)}\nstep {step:,.0f}"
             parts.append(mark(label, shape, "c-alt0"))
     for (name, colour), at in zip(names, spread(ends, 15, top, bottom), strict=True):
         parts.append(text(right + 7, at + 4, name, f"end {colour}"))

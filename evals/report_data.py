@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import InputError
-from core.files import read_json, read_jsonl
+from core.files import read_json, read_jsonl, read_npy
+from evals.report_rows import Source, Text, TokenScores
+from evals.report_toptokens import SHOWN, Strongest
 from evals.report_validation import Validation
 from evals.statistics import Interval
+
+OPENING = 20  # tokens shown of a document
 
 
 class Pool(NamedTuple):
@@ -38,7 +42,9 @@ class Pool(NamedTuple):
     @property
     def higher_helps(self) -> bool:
         """False for scores whose sign convention puts proponents at the low end (MAGIC)."""
-        return bool(self.score_N[0] >= self.score_N[-1])
+        ends = self.score_N[[0, -1]] if len(self.score_N) else np.zeros(2)
+        low_helps = str(self.info.get("sign")).startswith("negative")
+        return bool(ends[0] > ends[1] or (ends[0] == ends[1] and not low_helps))
 
 
 class Curve(NamedTuple):
@@ -77,6 +83,31 @@ class Difference(NamedTuple):
     seed_means: tuple[float, ...]
 
 
+class Document(NamedTuple):
+    """A document inside packed rows: where it is from, the row it begins in, its first words."""
+
+    number: int
+    name: str
+    tokens: int
+    score: float
+    row: int
+    opening: str
+
+
+class Magic(NamedTuple):
+    """A run of `attribute magic`: its `info.json`, and how the loss of its batches went.
+
+    missing: of how many of the `rows` the score is not finite. documents: where they were asked
+    for, the strongest of either sign.
+    """
+
+    info: dict[str, Any]
+    loss: Curve
+    rows: int
+    missing: int
+    documents: list[Document]
+
+
 class Verdict(NamedTuple):
     """The answer in one word, in one sentence, and what was done to get it."""
 
@@ -84,6 +115,7 @@ class Verdict(NamedTuple):
     word: str
     sentence: str
     method: str
+    reasons: tuple[str, ...] = ()
 
 
 class Shown(NamedTuple):
@@ -92,29 +124,6 @@ class Shown(NamedTuple):
     index: int
     end: str  # "top" or "bottom"
     extra: bool
-
-
-class Text(NamedTuple):
-    """A row to print: the bytes of its tokens, and a score for each (NaN where there is none)."""
-
-    pieces: list[bytes]
-    scores_T: np.ndarray
-
-    @property
-    def data(self) -> bytes:
-        return b"".join(self.pieces)
-
-
-class TokenScores(NamedTuple):
-    """scores_NT [rows, tokens], or with a last axis of queries, memory-mapped in row order.
-
-    alignment says what an entry is about.
-
-    `label`: of predicting token t. `position`: of reading it.
-    """
-
-    scores_NT: np.ndarray
-    alignment: str
 
 
 class Report(NamedTuple):
@@ -130,14 +139,18 @@ class Report(NamedTuple):
     shown: list[Shown]
     texts: dict[int, Text]
     token_scores: TokenScores | None
+    strongest: Strongest | None
+    magic: Magic | None
     validations: list[Validation]
     verdict: Verdict
     summary: dict[str, Any]
 
 
 def load_pool(path: Path, name: str) -> Pool:
-    """Read the output folder of `attribute score`."""
-    lines = read_jsonl(path / "row_diagnostics.jsonl")
+    """Read a scores folder. Only that of a MAGIC run, which may diverge, may be without a score."""
+    info = read_json(path / "info.json") if (path / "info.json").exists() else {}
+    file, may_lack = path / "row_diagnostics.jsonl", info.get("method") == "magic"
+    lines = [] if may_lack and not file.exists() else read_jsonl(file)
     try:
         lines = [line for line in lines if line["score"] is not None]  # null: was no candidate
         lines.sort(key=lambda line: line["rank"])
@@ -146,17 +159,52 @@ def load_pool(path: Path, name: str) -> Pool:
         length_N = np.array([line["length"] for line in lines], np.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path / 'row_diagnostics.jsonl'} has a line without a number for row, score, rank "
+            f"{file} has a line without a number for row, score, rank "
             f"or length ({error}): score the pool again"
         ) from error
-    if not lines:
-        raise InputError(f"{path / 'row_diagnostics.jsonl'} has no scores: score the pool again")
+    if not lines and not may_lack:
+        raise InputError(f"{file} has no scores: score the pool again")
     if not np.isfinite(score_N).all():
         raise InputError(f"{path} holds scores that are not finite: score the pool again")
     sources = [line.get("source") for line in lines]
-    source_N = np.array(["(no source)" if s is None else str(s) for s in sources], object)
-    info = read_json(path / "info.json") if (path / "info.json").exists() else {}
+    unnamed = "(no source)" if any(s is not None for s in sources) else "all chunks"
+    source_N = np.array([unnamed if s is None else str(s) for s in sources], object)
     return Pool(name, row_N, score_N, source_N, length_N, info)
+
+
+def load_magic(path: Path, pool: Pool, source: Source | None) -> Magic | None:
+    """Read what a run of `attribute magic` left beside the scores; None for other folders.
+
+    source: the scored rows, for the text of documents.
+    """
+    if pool.info.get("method") != "magic":
+        return None
+    scores = read_npy(path / "scores.npy")
+    finite_N = np.isfinite(scores.reshape(len(scores), -1)).all(1)
+    metrics = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+    documents = _documents(path, source) if (path / "document_scores.npy").exists() else []
+    return Magic(pool.info, _curve(metrics, "loss"), len(scores), int((~finite_N).sum()), documents)
+
+
+def _documents(path: Path, source: Source | None) -> list[Document]:
+    """The strongest of either sign, those that help most first."""
+    scores = read_npy(path / "document_scores.npy")
+    score_M = (scores if scores.ndim == 1 else scores.mean(1)).astype(np.float64)
+    lines, file = read_jsonl(path / "documents.jsonl"), path / "documents.jsonl"
+    finite = np.flatnonzero(np.isfinite(score_M))
+    order = finite[np.argsort(score_M[finite], kind="stable")]
+    found = []
+    try:
+        for i in np.concatenate([order[:SHOWN], order[SHOWN:][-SHOWN:]]).tolist():
+            row, start, end = lines[i]["spans"][0]
+            name = lines[i].get("doc") or lines[i].get("source") or ""
+            opening = source.read(row, start, min(end, start + OPENING)) if source else ""
+            number, tokens = int(lines[i]["number"]), int(lines[i]["tokens"])
+            found.append(Document(number, str(name), tokens, float(score_M[i]), row, opening))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{file} does not fit document_scores.npy ({error!r}); attribute again"
+                         ) from error  # fmt: skip
+    return found
 
 
 def load_run(path: Path, name: str) -> Run:
@@ -242,63 +290,3 @@ def _different_items(name: str, ids: Any, others: Any, other: str = "its first s
         f"{name} was asked other items than {other} (for example {', '.join(odd)}): "
         "evaluate every arm on the same items file"
     )
-
-
-def load_token_scores(path: Path, pool: Pool) -> TokenScores | None:
-    """`token_scores.npy` of a scores folder, where there is one."""
-    from core.memmap import open_array
-
-    file = path / "token_scores.npy"
-    if not file.exists():
-        return None
-    scores_NT = open_array(file)
-    if scores_NT.ndim not in (2, 3) or len(scores_NT) <= int(pool.row_N.max()):
-        raise InputError(f"{file} is {list(scores_NT.shape)}, not a line for each of "
-                         f"{len(pool.row_N)} rows: score the pool again")  # fmt: skip
-    tokens = pool.info.get("tokens")
-    alignment = tokens.get("alignment") if isinstance(tokens, dict) else None
-    if alignment not in ("label", "position"):
-        raise InputError(f"{path / 'info.json'} does not say whether token scores are aligned to "
-                         f"'label' or 'position' (tokens.alignment): {alignment!r}")  # fmt: skip
-    return TokenScores(scores_NT, alignment)
-
-
-def chunk_texts(
-    rows_path: Path | None,
-    tokenizer_path: str | None,
-    wanted: np.ndarray,
-    token_scores: TokenScores | None,
-) -> dict[int, Text]:
-    """The tokens of the wanted rows, as ids where no tokenizer is given; empty without rows."""
-    if rows_path is None:
-        return {}
-    import tokenizers
-    from core.rows import load_rows
-
-    rows = load_rows(rows_path)
-    tokenizer = None if tokenizer_path is None else tokenizers.load(tokenizer_path)
-    if tokenizer and rows.tokenizer is not None and rows.tokenizer != tokenizer.fingerprint:
-        raise InputError(
-            f"{rows_path} was tokenised by another tokenizer than {tokenizer_path}: "
-            "name the tokenizer that made the rows"
-        )
-    if wanted.size and int(wanted.max()) >= len(rows):
-        raise InputError(
-            f"the scores name row {int(wanted.max())} but {rows_path} has {len(rows)} rows: "
-            "name the rows that were scored"
-        )
-
-    def text(row: int) -> Text:
-        ids = rows.ids(row)
-        if tokenizer:
-            pieces = [tokenizer.decode_bytes([i]) for i in ids.tolist()]
-        else:
-            pieces = [b" %d" % i if place else b"%d" % i for place, i in enumerate(ids.tolist())]
-        scores_T = np.full(len(ids), np.nan)
-        if token_scores is not None:
-            known_T = token_scores.scores_NT[row, : len(ids)]
-            known_T = known_T if known_T.ndim == 1 else known_T.mean(-1)  # of the mean query
-            scores_T[: len(known_T)] = known_T
-        return Text(pieces, scores_T)
-
-    return {int(row): text(int(row)) for row in wanted}

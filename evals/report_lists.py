@@ -14,6 +14,8 @@ PREVIEW = 180
 
 def chunks(report: Report) -> str:
     pool = report.pools[0]
+    if not report.shown:
+        return ""
     present = {str(pool.source_N[chunk.index]) for chunk in report.shown}
     names = [source for source in pool.sources if source in present]
     buttons = ""
@@ -42,8 +44,9 @@ def chunks(report: Report) -> str:
         alignment, higher_helps = report.token_scores.alignment, pool.higher_helps
         legend = report_tokens.legend(full, alignment, higher_helps)
     opener = '<button type="button" id="expand">Open all</button>' if report.texts else ""
+    asked = "What in the training text moved the query?" if full else "What do the chunks say?"
     return (
-        f"<h2>What do the chunks say?</h2><p>{note}</p>"
+        f"<h2>{asked}</h2><p>{note}</p>"
         f'{legend}<div class="tools" hidden>{buttons}{opener}</div>'
         f'<div class="columns">{columns}</div>'
     )
@@ -53,22 +56,24 @@ def _chunk(report: Report, shown: Shown, full: float) -> str:
     pool, index = report.pools[0], shown.index
     source, row = str(pool.source_N[index]), int(pool.row_N[index])
     chip = "c-rel" if source in report.relevant else "c-other"
+    named = f'<span class="chip {chip}">{esc(source)}</span>' if len(pool.sources) > 1 else ""
     facts = (
         f'<span class="rank">#{index + 1:,}</span><span class="score">{num(pool.score_N[index])}'
-        f'</span><span class="chip {chip}">{esc(source)}</span>'
-        f'<span class="size">{count(int(pool.length_N[index]), "token")}, row {row:,}</span>'
+        f'</span>{named}<span class="size">{count(int(pool.length_N[index]), "token")}, '
+        f"row {row:,}</span>"
     )
     hidden = ' class="extra" hidden' if shown.extra else ""
     if row in report.texts:
         text = decode(report.texts[row].data)
         preview = esc(" ".join(text[: 2 * PREVIEW].split())[:PREVIEW])
-        body, opened = typeset(text), ""
+        body, opened = f'<pre dir="auto">{typeset(text)}</pre>', ""
         if full:
-            body = report_tokens.coloured(report.texts[row], full, pool.higher_helps)
+            length = int(pool.length_N[index])
+            body = report_tokens.block(report.texts[row], full, pool.higher_helps, row, length)
             opened = " open" if index in (0, len(pool.row_N) - 1) else ""
         facts = (
             f'<details{opened}><summary>{facts}<span class="preview" dir="auto">{preview}</span>'
-            f'</summary><pre dir="auto">{body}</pre></details>'
+            f"</summary>{body}</details>"
         )
     else:
         facts = f'<div class="bare">{facts}</div>'

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from evals import report_trials
+from evals import report_magic, report_toptokens, report_trials
 from evals.report_charts import Dot, Series, intervals, learning, recall, ridges, score_axis
-from evals.report_data import Arm, Report
+from evals.report_data import Arm, Report, Verdict
 from evals.report_lists import chunks, origin
 from evals.report_text import count, duration, esc, figure, num, percent, signed, table
 
 COLOURS = {"top": "c-top", "random": "c-random", "bottom": "c-bottom", "base": "c-base"}
 MOST_STRIPS, MOST_LISTED = 8, 20
+MAGIC_FIRST = ("arms", "chunks", "tokens", "documents", "validation", "curves")
 
 
 def page(report: Report) -> str:
@@ -31,19 +32,24 @@ def page(report: Report) -> str:
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; "
         "img-src data:"
     )
-    sections = [
-        ("arms", "Arms", _arms(report)),
-        ("scores", "Scores", _scores(report)),
-        ("recall", "Recall", _recall(report)),
-        ("validation", "Validation", _validation(report)),
-        ("curves", "Learning curves", _curves(report)),
-        ("chunks", "Chunks", chunks(report)),
-        ("origin", "Provenance", origin(report)),
-    ]
-    sections = [(name, label, body) for name, label, body in sections if body]
+    sections = {
+        "arms": ("Arms", _arms(report)),
+        "scores": ("Scores", _scores(report)),
+        "recall": ("Recall", _recall(report)),
+        "validation": ("Validation", _validation(report)),
+        "curves": ("Learning curves", _curves(report)),
+        "chunks": ("Chunks", chunks(report)),
+        "tokens": ("Tokens", report_toptokens.section(report.strongest)),
+        "documents": ("Documents", report_magic.documents(report.magic) if report.magic else ""),
+        "origin": ("Provenance", origin(report)),
+    }
+    first = MAGIC_FIRST if report.magic else ()
+    order = [*first, *(name for name in sections if name not in first)]
+    sections = [(name, *sections[name]) for name in order if sections[name][1]]
     links = "".join(f'<a href="#{name}">{label}</a>' for name, label, _ in sections)
     bodies = "".join(f'<section id="{name}">{body}</section>' for name, _, body in sections)
-    title = esc(report.spec.get("title") or "Data attribution report")
+    unnamed = "Per-token attribution with MAGIC" if report.magic else "Data attribution report"
+    title = esc(report.spec.get("title") or unnamed)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -68,6 +74,7 @@ def page(report: Report) -> str:
 {bodies}
 </main>
 <div id="tip" role="presentation" hidden></div>
+<div id="readout" role="status"></div>
 <script>{script}</script>
 </body>
 </html>
@@ -75,8 +82,31 @@ def page(report: Report) -> str:
 
 
 def _headline(report: Report, title: str) -> str:
-    verdict, summary = report.verdict, report.summary
-    figures = []
+    verdict = report.verdict
+    figures = _figures(report)
+    cells = "".join(
+        f"<div><dt>{esc(name)}</dt><dd><b>{esc(value)}<i> {esc(unit)}</i></b>"
+        f"<small>{esc(note)}</small></dd></div>"
+        for value, unit, name, note in figures
+    )
+    # Large type must not break "held-out" at its hyphen.
+    lead = re.sub(r"\S+-\S+", r'<span class="whole">\g<0></span>', esc(verdict.sentence))
+    return (
+        f'<section class="verdict v-{verdict.kind}"><h1>{title}</h1>'
+        f'<p class="word">{esc(verdict.word)}</p><p class="lead">{lead}</p>'
+        f'<p class="method">{esc(verdict.method)}</p>{_reasons(verdict)}'
+        f'<dl class="figures">{cells}</dl></section>'
+    )
+
+
+def _reasons(verdict: Verdict) -> str:
+    lines = "".join(f"<li>{esc(reason)}</li>" for reason in verdict.reasons)
+    return f'<ul class="reasons">{lines}</ul>' if lines else ""
+
+
+def _figures(report: Report) -> list[tuple[str, str, str, str]]:
+    """Value, unit, name and note of each of the headline's numbers."""
+    summary, magic, figures = report.summary, report.magic, []
     for d in report.differences:
         if (d.better, d.worse) in (("top", "random"), ("random", "bottom")):
             mean, low, high = d.interval
@@ -88,23 +118,17 @@ def _headline(report: Report, title: str) -> str:
         share, found = percent(summary["precision_at_k"]), percent(summary["recall_at_k"])
         figures.append((share, "", f"of the top {report.k:,} relevant", pool))
         figures.append((found, "", "of relevant chunks found", best))
-    sources = f"from {count(len(report.pools[0].sources), 'source')}"
-    figures.append((f"{summary['chunks']:,}", "", "chunks scored", sources))
+    if magic:
+        figures += report_magic.figures(
+            magic, report.pools[0], report.strongest, report.validations
+        )
+    else:
+        sources = f"from {count(len(report.pools[0].sources), 'source')}"
+        figures.append((f"{summary['chunks']:,}", "", "chunks scored", sources))
     if summary["seconds"] is not None:
         peak = "" if summary["peak_gb"] is None else f"{num(summary['peak_gb'])} GB peak memory"
         figures.append((duration(summary["seconds"]), "", "wall time", peak))
-    cells = "".join(
-        f"<div><dt>{esc(name)}</dt><dd><b>{esc(value)}<i> {esc(unit)}</i></b>"
-        f"<small>{esc(note)}</small></dd></div>"
-        for value, unit, name, note in figures
-    )
-    # Large type must not break "held-out" at its hyphen.
-    lead = re.sub(r"\S+-\S+", r'<span class="whole">\g<0></span>', esc(verdict.sentence))
-    return (
-        f'<section class="verdict v-{verdict.kind}"><h1>{title}</h1>'
-        f'<p class="word">{esc(verdict.word)}</p><p class="lead">{lead}</p>'
-        f'<p class="method">{esc(verdict.method)}</p><dl class="figures">{cells}</dl></section>'
-    )
+    return figures
 
 
 def _arm_name(report: Report, name: str) -> str:
@@ -205,6 +229,8 @@ def _caution(report: Report) -> str:
 
 def _scores(report: Report) -> str:
     pool, k = report.pools[0], report.k
+    if not len(pool.score_N):
+        return ""
     sizes = pool.sources
     largest = sorted(sizes, key=lambda source: (source not in report.relevant, -sizes[source]))
     strips = [source for source in sizes if source in largest[:MOST_STRIPS]]
@@ -230,15 +256,16 @@ def _scores(report: Report) -> str:
             row += [f"{int(place[:k].sum()):,}", percent(float(place[:k].mean()))]
             row += [percent(float(place[-k:].mean()))]
         rows.append(row)
-    length = ""
+    rows = rows if k or len(sizes) > 1 else []  # the chart says it all
+    length = ", by source." if len(sizes) > 1 else "."
     if k:
-        length = (
+        length += (
             f" Mean length is {pool.length_N[:k].mean():,.0f} tokens in the top {k:,}, "
             f"{pool.length_N.mean():,.0f} in the pool and {pool.length_N[-k:].mean():,.0f} in the "
             f"bottom {k:,}: a large gap would mean that the score partly ranks by length."
         )
     return (
-        f"<h2>Where do the scores lie?</h2><p>Influence score of each chunk, by source.{length}</p>"
+        f"<h2>Where do the scores lie?</h2><p>Influence score of each chunk{length}</p>"
         f"{figure(charts, note)}{table(head, rows)}"
     )
 
@@ -279,6 +306,8 @@ def _validation(report: Report) -> str:
 
 
 def _curves(report: Report) -> str:
+    if report.magic and not report.arms:
+        return report_magic.curves(report.magic)
     figures = ""
     if report.pretraining and len(report.pretraining.loss.y):
         run = report.pretraining

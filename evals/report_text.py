@@ -108,6 +108,10 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
+class Markup(str):
+    """HTML that is already safe: a table shows it as it is."""
+
+
 def figure(chart: str, caption: str) -> str:
     return f"<figure>{chart}<figcaption>{esc(caption)}</figcaption></figure>"
 
@@ -116,11 +120,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") ->
     if not rows:
         return ""
     top = "".join(f'<th scope="col">{esc(name)}</th>' for name in head)
+    cells = [[v if isinstance(v, Markup) else esc(v) for v in row] for row in rows]
     body = "".join(
-        f'<tr><th scope="row">{esc(row[0])}</th>'
-        + "".join(f"<td>{esc(value)}</td>" for value in row[1:])
-        + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{v}</td>" for v in others) + "</tr>"
+        for first, *others in cells
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(head[0])} table">'

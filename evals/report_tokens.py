@@ -2,7 +2,9 @@
 
 A divergent scale of four steps to each side, the same for all chunks of a page: blue tokens help
 the query, orange ones hurt it. The steps are shares of the score that one shown token in fifty
-exceeds, so that single outliers do not pale the rest; every token's number is in its title.
+exceeds, so that single outliers do not pale the rest. A token's title is its position in the row
+and its score, which the page's script shows on hover and on focus: the strongest token of a row is
+its tab stop, arrow keys walk to the others.
 
 Dims: T tokens.
 """
@@ -11,8 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from evals.report_data import Text
-from evals.report_text import decode, esc, num, signed, typeset
+from evals.report_rows import Text
+from evals.report_text import count, decode, esc, num, signed, typeset
 
 STEPS = 4
 MEANS = {
@@ -33,18 +35,36 @@ def step(score: float, full: float) -> int:
     return round(float(np.clip(score / full, -1, 1)) * STEPS) if np.isfinite(score) and full else 0
 
 
+def block(text: Text, full: float, higher_helps: bool, row: int, length: int) -> str:
+    """A row's coloured tokens in their box; `length` tokens are in the whole row."""
+    name = f"Row {row:,}, {count(len(text.pieces), 'token')} with scores; arrow keys walk"
+    box = (
+        f'<pre class="tokens" dir="auto" role="group" aria-label="{name}" data-row="{row:,}">'
+        f"{coloured(text, full, higher_helps)}</pre>"
+    )
+    end = text.start + len(text.pieces)
+    if len(text.pieces) < length:
+        shown = f"Tokens {text.start:,} to {end - 1:,} of {length:,}: the part that carries most."
+        box = f'<p class="note">{shown}</p>{box}'
+    return box
+
+
 def coloured(text: Text, full: float, higher_helps: bool) -> str:
     """The tokens as HTML, one span each; a character made of several tokens has their sum."""
+    characters = list(_characters(text))
+    sizes = [abs(sum(s for s in scores if np.isfinite(s))) for _, _, scores in characters]
+    stop = int(np.argmax(sizes)) if sizes else 0
     parts = []
-    for data, scores in _characters(text):
+    for place, (position, data, scores) in enumerate(characters):
         shown = typeset(decode(data), blanks=False)
         known = [score for score in scores if np.isfinite(score)]
         if not known:
             parts.append(shown)
             continue
-        title = " ".join(signed(score) for score in known)
+        numbers = " ".join(signed(score) for score in known)
         colour = _colour(step(sum(known), full), higher_helps)
-        parts.append(f'<span{colour} title="{title}">{shown}</span>')
+        tab = ' tabindex="0"' if place == stop else ""
+        parts.append(f'<span{colour} title="{position}: {numbers}"{tab}>{shown}</span>')
     return "".join(parts)
 
 
@@ -53,16 +73,17 @@ def _colour(steps: int, higher_helps: bool) -> str:
     return f' class="{"helps" if helps > 0 else "hurts"} s{abs(helps)}"' if helps else ""
 
 
-def _characters(text: Text) -> Iterator[tuple[bytes, list[float]]]:
-    """Tokens, joined where a character of UTF-8 goes across their border."""
+def _characters(text: Text) -> Iterator[tuple[int, bytes, list[float]]]:
+    """Position, bytes and scores of tokens, joined where a character goes across their border."""
     data, scores = b"", []
-    for piece, score in zip(text.pieces, text.scores_T.tolist(), strict=True):
+    tokens = zip(text.pieces, text.scores_T.tolist(), strict=True)
+    for position, (piece, score) in enumerate(tokens, text.start + 1):
         data, scores = data + piece, [*scores, score]
         if not _cut_short(data):
-            yield data, scores
+            yield position - len(scores), data, scores
             data, scores = b"", []
     if data:
-        yield data, scores
+        yield text.start + len(text.pieces) - len(scores), data, scores
 
 
 def _cut_short(data: bytes) -> bool:
@@ -85,5 +106,6 @@ def legend(full: float, alignment: str, higher_helps: bool) -> str:
     return (
         f'<div class="legend"><b>hurts</b><div role="img" aria-label="colours from '
         f'{num(-full, 2)} to {num(full, 2)}">{swatches}</div><b>helps</b>'
-        f"<small>{esc(MEANS[alignment])} Point at a token for its number.</small></div>"
+        f"<small>{esc(MEANS[alignment])} Point at a token for its score, or press Tab "
+        f"inside a text and walk with the arrow keys.</small></div>"
     )

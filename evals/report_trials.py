@@ -75,7 +75,8 @@ def _validation(v: Validation, name: str) -> str:
     charts = figure(chart, "Lines are 95% intervals; grey dots are controls.")
     if v.scatter is not None:
         of = ", of the mean over queries" if v.facts.get("of_each_query") else ""
-        charts += figure(scatter(*v.scatter), f"Each dot is a retrain{of}.")
+        drawn = scatter(*v.scatter, turned=v.facts.get("scores_times") == -1)
+        charts += figure(drawn, f"Each dot is a retrain{of}.")
     if v.removals is not None:
         note = "Thin lines: the top of a control's ranking. Grey dots: random removals."
         charts += figure(removals(v.shares, v.removals), note)
@@ -149,16 +150,20 @@ def dots(axis: str, lines: list[Line]) -> str:
     return chart("half", axis, desc or "no numbers", (WIDTH, bottom + 42), parts)
 
 
-def scatter(predicted_M: np.ndarray, measured_M: np.ndarray) -> str:
-    """Retrains: what the removed rows' scores add up to, and what the loss did."""
+def scatter(predicted_M: np.ndarray, measured_M: np.ndarray, turned: bool) -> str:
+    """Retrains: what the removed rows' scores add up to, and what the loss did.
+
+    turned: `predicted_M` has the other sign than the file, so that a positive score helps.
+    """
     left, right, top, bottom = 58, WIDTH - 12, 30, 260
     x = padded(predicted_M.tolist(), left, right)
     y = padded(measured_M.tolist(), bottom, top)
-    parts = x_axis(x, top, bottom, "sum of the removed rows' scores", 4)
+    total = "minus the sum" if turned else "sum"
+    parts = x_axis(x, top, bottom, f"{total} of the removed rows' scores", 6)
     parts += y_axis(y, left, right, "increase of the query's loss, nats per token")
     for predicted, measured in zip(predicted_M.tolist(), measured_M.tolist(), strict=True):
         shape = f'<circle class="dot point" cx="{x(predicted)}" cy="{y(measured)}" r="3.5"/>'
-        label = f"measured {signed(measured)} nats\nscores add up to {signed(predicted)}"
+        label = f"measured {signed(measured)} nats\n{total} of scores {signed(predicted)}"
         parts.append(mark(label, shape, "c-rel"))
     desc = f"{len(predicted_M)} retrains; see the table for their rank correlation."
     return chart("half", "Predicted and measured", desc, (WIDTH, bottom + 42), parts)

@@ -25,7 +25,7 @@ from core.hf import peft
 from core.inference import batch_losses
 from core.model import Variables
 from core.progress import Progress
-from core.rows import Batch, Plan, Rows, training_batches
+from core.rows import Batch, Plan, Rows, TrainingBatches, read_ahead
 from core.rundir import Run
 from core.schema import Params, Row
 from training.optim import Optim, learning_rate
@@ -34,7 +34,10 @@ from training.step import Metrics, Recipe, State, initial, train_step
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """batch: rows per optimizer step, split into `accumulate` micro-batches. *_every: steps."""
+    """batch: rows per optimizer step, split into `accumulate` micro-batches. *_every: steps.
+
+    shuffle, drawn: see `core.rows.TrainingBatches`.
+    """
 
     steps: int
     batch: int = 8
@@ -44,6 +47,8 @@ class Settings:
     eval_every: int = 250
     keep: int = 2
     model_parallel: int = 1
+    shuffle: bool = True
+    drawn: int | None = None
 
     def check(self, devices: int) -> None:
         for name in ("steps", "batch", "accumulate", "save_every", "eval_every", "keep"):
@@ -80,24 +85,20 @@ def train(
     settings.check(jax.device_count())
     optim.check(settings.steps)
     mesh = sharding.make_mesh(model=settings.model_parallel)
-    # A constant rate does not depend on the number of steps; runs of any length share one program.
-    horizon = 0 if optim.schedule == "constant" else settings.steps
-    recipe = Recipe(config, execution, optim, horizon, adapter.spec if adapter else None)
-    state = _place(recipe, mesh, adapter.factors if adapter else params)
-    frozen = _spread(families.rows(config), config.layers, mesh, params) if adapter else None
-    key = None
-    if adapter and adapter.spec.dropout:
-        key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(b"dropout"))
-        key = jax.device_put(key, sharding.replicated(mesh))
+    recipe = recipe_of(config, execution, optim, settings, adapter)
+    state = place_state(recipe, mesh, adapter.factors if adapter else params)
+    frozen = spread(families.rows(config), config.layers, mesh, params) if adapter else None
+    key = run_key(recipe, settings.seed, mesh)
     saver = _Saver(run.path / "ckpt", settings.keep)
     state = saver.restore(state)
     start, total = int(state.step), settings.steps
-    batches = training_batches(rows, settings.batch, settings.seed, start)
+    source = TrainingBatches(rows, settings.batch, settings.seed, settings.shuffle, settings.drawn)
+    batches = read_ahead(source, start)
     log = _Log(run.path, start, learning_rate(optim, total))
     try:
         with log, _Stop() as stop, Progress(total, f"train {run.path.name}", "step", start) as bar:
             for step in range(start + 1, total + 1):
-                arrays = _arrays(next(batches), settings, mesh)
+                arrays = place_batch(next(batches), settings, mesh)
                 state, metrics = train_step(recipe, state, *arrays, frozen, key)
                 log.step(step, metrics)
                 last, stopping = step == total, stop.asked
@@ -130,33 +131,64 @@ def train(
     }
 
 
-def _spread(rows: list[Row], layers: int, mesh: jax.sharding.Mesh, params: Params) -> Params:
+def recipe_of(
+    config: ModelConfig,
+    execution: Execution,
+    optim: Optim,
+    settings: Settings,
+    adapter: Adapter | None,
+) -> Recipe:
+    # A constant rate does not depend on the number of steps; runs of any length share one program.
+    horizon = 0 if optim.schedule == "constant" else settings.steps
+    return Recipe(config, execution, optim, horizon, adapter.spec if adapter else None)
+
+
+def run_key(recipe: Recipe, seed: int, mesh: jax.sharding.Mesh) -> jax.Array | None:
+    """The key of a run's dropout; None where there is none."""
+    if recipe.lora is None or not recipe.lora.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"dropout"))
+    return jax.device_put(key, sharding.replicated(mesh))
+
+
+def spread(rows: list[Row], layers: int, mesh: jax.sharding.Mesh, params: Params) -> Params:
+    """Parameters described by `rows`, on the mesh."""
     where = sharding.parameter_shardings(rows, layers, mesh)
     return jax.tree.map(lambda x, s: sharding.place(np.asarray(x), s), params, where)
 
 
-def _place(recipe: Recipe, mesh: jax.sharding.Mesh, params: Params) -> State:
+def place_state(recipe: Recipe, mesh: jax.sharding.Mesh, params: Params) -> State:
     """The state before the first step, on the mesh; moments lie where their parameters lie."""
     rows, layers = recipe.rows(), recipe.config.layers
     where = sharding.parameter_shardings(rows, layers, mesh)
-    params = _spread(rows, layers, mesh, params)
-    state = initial(recipe, params)
-    spread = optax.tree_map_params(
-        recipe.optimizer(),
-        lambda x, s: jax.device_put(x, s),
-        state.opt_state,
-        where,
-        transform_non_params=lambda x: jax.device_put(x, sharding.replicated(mesh)),
-    )
-    return State(jax.device_put(state.step, sharding.replicated(mesh)), params, spread)
+    state = initial(recipe, spread(rows, layers, mesh, params))
+    found = jax.tree_util.tree_flatten_with_path(where)[0]
+    places = {tuple(key.key for key in path): near for path, near in found}
+
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        """A moment's path ends as its parameter's does; what has none is everywhere."""
+        names = tuple(getattr(key, "key", None) for key in path)
+        ends = (names[i:] for i in range(len(names)))
+        near = next((places[end] for end in ends if end in places), sharding.replicated(mesh))
+        return jax.device_put(leaf, near)
+
+    moments = jax.tree_util.tree_map_with_path(place, state.opt_state)
+    return State(jax.device_put(state.step, sharding.replicated(mesh)), state.params, moments)
 
 
-def _arrays(batch: Batch, settings: Settings, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
-    """ids, labels and unit weights as [A, B/A, T] on the mesh."""
+def place_batch(
+    batch: Batch, settings: Settings, mesh: jax.sharding.Mesh, weights: np.ndarray | None = None
+) -> tuple[jax.Array, ...]:
+    """ids, labels and weights as [A, B/A, T] on the mesh.
+
+    weights: of all rows [N], or of their tokens [N,T], label-aligned; None: 1.
+    """
+    shape_BT = batch.ids_BT.shape
+    of_rows = np.ones(len(batch.rows_B), np.float32) if weights is None else weights[batch.rows_B]
+    of_rows = of_rows[:, None] if of_rows.ndim == 1 else of_rows[:, : shape_BT[1]]
     where = sharding.over_rows(mesh, axis=1)
-    shape = (settings.accumulate, settings.batch // settings.accumulate, batch.ids_BT.shape[1])
-    weights_BT = np.ones(batch.ids_BT.shape, np.float32)
-    arrays = (batch.ids_BT, batch.labels_BT, weights_BT)
+    shape = (settings.accumulate, settings.batch // settings.accumulate, shape_BT[1])
+    arrays = (batch.ids_BT, batch.labels_BT, np.broadcast_to(of_rows, shape_BT))
     return tuple(sharding.place(x.reshape(shape), where) for x in arrays)
 
 

@@ -78,6 +78,28 @@ def supervised(labels: jax.Array) -> jax.Array:
     return (labels[..., 1:] != model.loss.IGNORED).sum().astype(jnp.float32)
 
 
+def micro_keys(dropout: jax.Array | None, micros: int) -> jax.Array | None:
+    """Keys [A] of a step's micro-batches."""
+    if dropout is None:
+        return None
+    return jax.vmap(jax.random.fold_in, (None, 0))(dropout, jnp.arange(micros))
+
+
+def loss_and_grad(
+    recipe: Recipe, params: Params, frozen: Params | None, *micro: Any
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    """((sum of weight * nll, nll [B,T]), gradient of the sum) of one micro-batch.
+
+    micro: its ids, labels, weights [B,T] and key. frozen: see `gradients`.
+    """
+
+    def loss(params: Params) -> tuple[jax.Array, jax.Array]:
+        variables = recipe.variables(params, frozen)
+        return model.weighted_loss(recipe.config, recipe.execution, variables, *micro)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
 def gradients(
     recipe: Recipe,
     params: Params,
@@ -91,16 +113,12 @@ def gradients(
 
     frozen: the base's parameters when `params` are an adapter's factors. dropout: the step's key.
     """
-    keys_A = None
-    if dropout is not None:
-        keys_A = jax.vmap(jax.random.fold_in, (None, 0))(dropout, jnp.arange(ids_ABT.shape[0]))
-    micros = (ids_ABT, labels_ABT, weights_ABT, keys_A)
+    micros = (ids_ABT, labels_ABT, weights_ABT, micro_keys(dropout, ids_ABT.shape[0]))
 
-    def numerator(params: Params, *micro: Any) -> jax.Array:
-        variables = recipe.variables(params, frozen)
-        return model.weighted_loss(recipe.config, recipe.execution, variables, *micro)[0]
+    def value_and_grad(params: Params, *micro: Any) -> tuple[jax.Array, Params]:
+        (total, _), grads = loss_and_grad(recipe, params, frozen, *micro)
+        return total, grads
 
-    value_and_grad = jax.value_and_grad(numerator)
     if ids_ABT.shape[0] == 1:
         total, grads = value_and_grad(params, *jax.tree.map(lambda x: x[0], micros))
     else:
@@ -114,6 +132,38 @@ def gradients(
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), total * scale
 
 
+def update(recipe: Recipe, state: State, grads: Params) -> State:
+    """The optimizer's part of a step: clipping, moments, decay, the move."""
+    updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.params)
+    params = cast(Params, optax.apply_updates(state.params, updates))
+    return State(state.step + 1, params, opt_state)
+
+
+def dropout_key(state: State, key: jax.Array | None) -> jax.Array | None:
+    """Of the step that `state` is before, from the run's key."""
+    return None if key is None else jax.random.fold_in(key, state.step)
+
+
+def step(
+    recipe: Recipe,
+    state: State,
+    ids_ABT: jax.Array,
+    labels_ABT: jax.Array,
+    weights_ABT: jax.Array,
+    frozen: Params | None = None,
+    key: jax.Array | None = None,
+) -> tuple[State, Params, Metrics]:
+    """One optimizer step on a batch of A micro-batches, and the gradient that it was made of.
+
+    weights: label-aligned. frozen: see `gradients`. key: of the run, for dropout; without one there
+    is none.
+    """
+    dropout = dropout_key(state, key)
+    grads, loss = gradients(recipe, state.params, ids_ABT, labels_ABT, weights_ABT, frozen, dropout)
+    norm = jnp.asarray(optax.tree.norm(grads))
+    return update(recipe, state, grads), grads, Metrics(loss, norm, supervised(labels_ABT))
+
+
 @functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("state",))
 def train_step(
     recipe: Recipe,
@@ -124,14 +174,6 @@ def train_step(
     frozen: Params | None = None,
     key: jax.Array | None = None,
 ) -> tuple[State, Metrics]:
-    """One optimizer step on a batch of A micro-batches; weights are label-aligned.
-
-    frozen: see `gradients`. key: of the run, for dropout; without one there is none.
-    """
-    dropout = None if key is None else jax.random.fold_in(key, state.step)
-    grads, loss = gradients(recipe, state.params, ids_ABT, labels_ABT, weights_ABT, frozen, dropout)
-    updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.params)
-    params = cast(Params, optax.apply_updates(state.params, updates))
-    norm = jnp.asarray(optax.tree.norm(grads))
-    metrics = Metrics(loss, norm, supervised(labels_ABT))
-    return State(state.step + 1, params, opt_state), metrics
+    """`step`, compiled, in place of the state it is given."""
+    state, _, metrics = step(recipe, state, ids_ABT, labels_ABT, weights_ABT, frozen, key)
+    return state, metrics

@@ -109,6 +109,8 @@ def source(
     make: the pass over rows at a checkpoint's model, unprojected.
     """
     count = len(trajectory.steps)
+    if trajectory.optim.name == "muon":
+        raise InputError("SOURCE has no formula for muon's steps; trace a run of adamw or sgd")
     if settings.segments < 1 or count % settings.segments:
         raise InputError(f"--segments {settings.segments} does not divide the run's {count} "
                          f"checkpoints (steps {trajectory.steps}); choose a divisor")  # fmt: skip

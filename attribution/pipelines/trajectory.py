@@ -23,6 +23,7 @@ from core.errors import InputError
 from core.files import PathLike, read_json
 from core.schema import Params
 from training.optim import Optim, learning_rate
+from training.options import optimizer
 from training.step import Recipe, State, initial
 
 
@@ -58,10 +59,7 @@ def open_trajectory(path: PathLike) -> Trajectory:
     if not (path / "DONE").exists() or not (path / "ckpt").is_dir():
         raise InputError(f"{path} is no finished run of `train lm`; give its --out folder")
     opts, total = read_json(path / "config.json")["options"], read_json(path / "DONE")["steps"]
-    optim = Optim(
-        opts["optimizer"], opts["lr"], opts["schedule"], opts["warmup"], opts["end"],
-        opts["weight_decay"], b2=opts["beta2"], momentum=opts["momentum"], clip=opts["clip"],
-    )  # fmt: skip
+    optim = optimizer(opts)
     loaded = checkpoint.load_model(path)
     spec = loaded.adapter.spec if loaded.adapter else None
     recipe = Recipe(loaded.config, Execution(), optim, total, spec)

@@ -1,7 +1,7 @@
 """What an attribution must beat: scores that cost next to nothing, or nothing at all.
 
-Dims: N rows, Q queries, C columns (Q, or 1 for the mean over queries), B rows of a batch, T
-tokens, D width, U tokens that a query has.
+Dims: N rows (or units, see `attribution.validation.scores`), Q queries, C columns (Q, or 1 for the
+mean over queries), B rows of a batch, T tokens, D width, U tokens that a query has, R rows.
 
     BM25:       sum_u in q  idf_u tf / (tf + k1 (1 - b + b |d| / mean |d|)),
                 idf_u = ln(1 + (N - df_u + 1/2) / (df_u + 1/2))
@@ -22,7 +22,7 @@ from attribution.validation.scores import Scores
 from core import model, sharding
 from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
-from core.inference import overlapped
+from core.inference import batch_losses, overlapped
 from core.model import Variables
 from core.progress import Progress
 from core.rows import Batch, Plan, Rows
@@ -140,4 +140,31 @@ def controls(
         },
         "bm25": bm25(rows, query, shape[1]),
         "embedding": embedding(loaded, rows, query, shape[1], execution, batch_tokens),
+    }
+
+
+def token_controls(
+    scored: Scores,
+    of_rows: Scores,
+    loaded: Loaded,
+    rows: Rows,
+    execution: Execution,
+    batch_tokens: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Scores [N,C] of supervised tokens: random, their loss, their row's score in equal parts."""
+    tokens, shape = scored.tokens, scored.scores_NC.shape
+    assert tokens is not None
+    nll_RT = np.zeros(tokens.shape)
+    plan = Plan(rows, batch_tokens, jax.local_device_count())
+    with Progress(len(rows), "losses", "row") as bar:
+        for batch, nll_BT in batch_losses(loaded.config, execution, loaded.variables, plan):
+            real_B = batch.rows_B >= 0
+            nll_RT[batch.rows_B[real_B], : nll_BT.shape[1]] = nll_BT[real_B]
+            bar.update(int(real_B.sum()))
+    loss_N1 = nll_RT[tokens.rows_N, tokens.places_N][:, None]
+    return {
+        "random": np.random.default_rng([seed, 2]).normal(size=shape),
+        "loss": np.broadcast_to(loss_N1, shape),
+        "row": (of_rows.scores_NC / rows.trained[:, None])[tokens.rows_N],
     }

@@ -1,15 +1,16 @@
 """Protocols that put scores to the test.
 
-Dims: N rows, Q queries, C columns (Q, or 1: all queries as one), M subsets, E step sizes.
+Dims: N units (rows, or supervised tokens), Q queries, C columns (Q, or 1: all queries as one), M
+subsets, E step sizes.
 
-    lds          mean_q Spearman_m( sum of the scores of the rows removed in m,  L_q(m) - L_q )
+    lds          mean_q Spearman_m( sum of the scores of the units removed in m,  L_q(m) - L_q )
     tail         QLD = L(without the top k) - mean over random k of L(without them)
     weight step  (L(w = 1 - e z) - L(w = 1 + e z)) / 2e,  z the scores less their mean, by their sd
     recall       places of the rows that state what a query asks: MRR, recall
     mislabelled  AUC of finding mislabelled rows by their scores
 
 with L the query's loss after training (`attribution.validation.bank`). The first is the linear
-datamodeling score of Park et al., arXiv 2303.14186: a kept row's score counts as much as a removed
+datamodeling score of Park et al., arXiv 2303.14186: a kept unit's score counts as much as a removed
 one's with the other sign, which changes no ranks. 1 % removed with one seed measures the local
 linear response (MAGIC, arXiv 2504.16430), 50 % with several seeds the average model's. Scores are
 proponents by size here (`attribution.validation.scores`).
@@ -50,7 +51,7 @@ class Result(NamedTuple):
 class Problem(NamedTuple):
     """methods: scores [N,C] by name. share_Q: of each query in the mean query, adds up to 1.
 
-    retrain: row weights, an array [N] each -> query losses [M,Q], nats per token.
+    retrain: the units' weights, an array [N] each -> query losses [M,Q].
     """
 
     methods: dict[str, np.ndarray]
@@ -64,24 +65,24 @@ class Problem(NamedTuple):
         return n, c
 
     def random_sets(self, k: int, count: int) -> list[np.ndarray]:
-        """Sets of k rows; a larger count begins with the same ones."""
+        """Sets of k units; a larger count begins with the same ones."""
         n = self.shape[0]
         return [
             np.sort(np.random.default_rng([self.seed, 1, m]).choice(n, k, replace=False))
             for m in range(count)
         ]
 
-    def without(self, rows: np.ndarray) -> np.ndarray:
+    def without(self, removed_K: np.ndarray) -> np.ndarray:
         weights_N = np.ones(self.shape[0], np.float32)
-        weights_N[rows] = 0
+        weights_N[removed_K] = 0
         return weights_N
 
 
 def removed(fraction: float, n: int) -> int:
-    """How many of n rows a fraction stands for, at least one."""
+    """How many of n units a fraction stands for, at least one."""
     k = max(round(fraction * n), 1)
     if k >= n:
-        raise InputError(f"--fraction {fraction} of {n} rows leaves nothing to train on; give a "
+        raise InputError(f"--fraction {fraction} of {n} leaves nothing to train on; give a "
                          "smaller one")  # fmt: skip
     return k
 
@@ -108,7 +109,7 @@ def mean_line(
 
 
 def lds(problem: Problem, fraction: float, count: int) -> Result:
-    """Linear datamodeling score over `count` random subsets with `fraction` of the rows removed."""
+    """Linear datamodeling score over `count` random subsets without `fraction` of the units."""
     n, columns = problem.shape
     sets = problem.random_sets(removed(fraction, n), count)
     losses_MQ = problem.retrain([problem.without(s) for s in (NOTHING, *sets)])

@@ -1,7 +1,7 @@
 """One validation: a scores folder, its controls, a protocol, and the table that comes of them.
 
 It leaves `validation.json` (all of it, with the points and curves of a report), `validation.csv`
-(the table) and `subsets.json` (which rows each retrain went without, and its file in the bank).
+(the table) and `subsets.json` (what each retrain went without, and its file in the bank).
 """
 
 import csv
@@ -30,7 +30,7 @@ COUNTS = {"drop": 100, "half": 100, "tail": 10}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """fractions: of the rows removed, or the sizes of a weight step. count: of random subsets.
+    """fractions: of the units removed, or the sizes of a weight step. count: of random subsets.
 
     seeds: retrains that are averaged, with `seed` and those after it.
     """
@@ -54,6 +54,8 @@ def ask(settings: Settings, scored: Scores, rows: Rows, query: Rows) -> Callable
     """The protocol, ready to run; raises for what it cannot be run on, before any work."""
     n, columns = scored.scores_NC.shape
     fractions, count = settings.fractions, settings.count
+    if scored.tokens and settings.protocol not in RETRAINING:
+        raise InputError(f"--protocol {settings.protocol} is about rows; leave --units token out")
     if settings.protocol == "recall":
         if columns != len(query):
             raise InputError("recall needs scores of each query; score with --mode each")
@@ -86,36 +88,46 @@ def validate(
 ) -> dict[str, Any]:
     """Work through a protocol into `run`'s folder; continues a killed one. Returns the result.
 
-    methods: `scored` and the controls. bank: None for the protocols that train nothing.
+    methods: `scored` and the controls. query: a row for each. bank: None for the protocols that
+    train nothing.
     """
     began = time.monotonic()
-    n, columns = scored.scores_NC.shape
+    (n, columns), tokens = scored.scores_NC.shape, scored.tokens
     # Summed losses make the mean query a mean over tokens; else each query counts the same.
     share_Q = query.trained if columns == 1 and scored.loss == "sum" else np.ones(len(query))
     share_Q = share_Q / share_Q.sum()
     seeds = range(settings.seed, settings.seed + settings.seeds)
 
+    def of_rows(weights_N: np.ndarray) -> np.ndarray:
+        return tokens.weights(weights_N) if tokens else weights_N
+
     def retrain(weights: Sequence[np.ndarray]) -> np.ndarray:
         assert bank is not None
-        return bank.losses(weights, seeds)
+        return bank.losses([of_rows(weights_N) for weights_N in weights], seeds)
 
     problem = Problem(methods, share_Q, retrain, settings.seed)
     result = protocol(problem)
     trained = {}
     if bank is not None:
         losses = {"before": bank.before(), "after": result.details["base_losses"]}
+        means = {name: float(x_Q @ share_Q) for name, x_Q in losses.items()}
         trained = {
             "bank": bank.folder,
-            "training": bank.setting["training"],
-            "query_loss": {name: float(x_Q @ share_Q) for name, x_Q in losses.items()},
+            "training": bank.setting["settings"] | bank.setting["optim"],
+            "query_loss": means,
+            "loss_drop": means["before"] - means["after"],
         }
         for subset in result.subsets:
-            weights_N = problem.without(subset["removed"])
-            subset["files"] = [bank.file(weights_N, seed).name for seed in seeds]
+            removed_K = subset["removed"]
+            weights = of_rows(problem.without(removed_K))
+            subset["files"] = [bank.file(weights, seed).name for seed in seeds]
+            if tokens:  # [row, place] of each
+                subset["removed"] = np.stack([tokens.rows_N, tokens.places_N], 1)[removed_K]
     content = {
         "format": "taproot-validation",
         **dataclasses.asdict(settings),
-        "rows": n,
+        "units": "token" if tokens else "row",
+        "rows": tokens.shape[0] if tokens else n,
         "queries": len(query),
         "of_each_query": columns > 1,
         "same_query": scored.same_query,

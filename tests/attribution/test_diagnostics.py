@@ -67,6 +67,32 @@ def test_rows_that_were_not_scored_are_left_out(tiny, tmp_path):
     assert summary["correlation"]["norm"] is None and summary["top"][0]["norm"] is None
 
 
+def test_derivatives_are_ranked_from_the_most_negative(tiny, tmp_path):
+    """Scores stay as they are in the file; places and correlations are of proponents."""
+    rows = tiny.rows(tmp_path / "rows", LENGTHS)
+    losses_N = rows.trained * np.array([1.0, 2, 3, 4])
+    plain = diagnose(tmp_path, rows, SCORES, None, losses_N)
+    lines = read_jsonl(tmp_path / "row_diagnostics.jsonl")
+    turned = diagnose(tmp_path, rows, -SCORES, None, losses_N, turn=-1.0)
+    again = read_jsonl(tmp_path / "row_diagnostics.jsonl")
+    assert [line["rank"] for line in again] == [line["rank"] for line in lines] == [1, 3, 0, 2]
+    assert [line["percentile"] for line in again] == [line["percentile"] for line in lines]
+    assert [line["score"] for line in again] == [-line["score"] for line in lines]
+    assert turned["correlation"] == plain["correlation"]
+    assert [line["row"] for line in turned["top"]] == [2, 0, 3, 1]
+    assert turned["score"]["mean"] == -plain["score"]["mean"]
+
+
+def test_scores_that_overflowed_are_left_out(tiny, tmp_path):
+    rows = tiny.rows(tmp_path / "rows", LENGTHS, source=list("xyxy"))
+    summary = diagnose(tmp_path, rows, np.array([np.inf, 1, np.nan, 2.0]), None, None)
+    assert summary["rows"] == 2 and [line["row"] for line in summary["top"]] == [3, 1]
+    assert summary["top"][0]["loss"] is None and summary["correlation"]["loss"] is None
+    none = diagnose(tmp_path, rows, np.full(4, np.nan), None, None)
+    assert none["rows"] == 0 and none["top"] == [] and none["score"]["mean"] is None
+    assert none["correlation"] == {"length": None, "norm": None, "loss": None}
+
+
 def test_ranking_is_a_permutation_from_the_top_down():
     scores_N = np.random.default_rng(0).integers(0, 5, 200).astype(np.float64)
     order = ranking(scores_N, seed=4)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from attribution.select import BINS, choose, select
+from attribution.outputs import candidates
+from attribution.select import BINS, NEGATIVE, POSITIVE, choose, read_proponents, select
 from core.errors import InputError
 from core.files import read_json, write_json, write_npy
 from core.rows import load_rows
@@ -101,7 +102,8 @@ def test_k_out_of_range_is_refused(strategy, k):
 def scored(tiny, tmp_path):
     """A pool of ten rows and a scores folder that belongs to it."""
     rows = tiny.rows(tmp_path / "pool", list(range(4, 14)), source=list("aabbccddee"))
-    info = {"format": "taproot-scores", "pool": {"path": str(rows.path), "rows": rows.sha}}
+    info = {"format": "taproot-scores", "pool": {"path": str(rows.path), "rows": rows.sha},
+            "sign": f"{POSITIVE} (gradient inner product)"}  # fmt: skip
     write_json(tmp_path / "scores" / "info.json", info)
     write_npy(tmp_path / "scores" / "scores.npy", np.arange(10, dtype=np.float32) % 7)
     return rows
@@ -158,3 +160,52 @@ def test_rows_without_a_score_are_never_chosen(strategy):
     np.testing.assert_array_equal(chosen, kept[alone])
     with pytest.raises(InputError, match="number of scored rows, 2000"):
         choose(scores_N, trained_N, 2001, strategy, 0)
+
+
+def described(folder, **more):
+    """`info.json` with more in it."""
+    write_json(folder / "info.json", read_json(folder / "info.json") | more)
+
+
+def test_the_most_negative_are_the_proponents_of_a_derivative(scored, tmp_path):
+    """MAGIC's folders say so, and every reader turns: the top, the bottom, candidates."""
+    folder = tmp_path / "scores"
+    turned = select(folder, scored, 3, "top", 0, tmp_path / "top")
+    scores_N = np.load(folder / "scores.npy")
+    write_npy(folder / "scores.npy", -scores_N)
+    described(folder, sign=f"{NEGATIVE} (d query loss / d token weight)")
+    again = select(folder, scored, 3, "top", 0, tmp_path / "again")
+    assert again["indices"] == turned["indices"] == [4, 5, 6]
+    assert load_rows(tmp_path / "again").column("score") == [-4, -5, -6]  # as in the file
+    bottom = select(folder, scored, 2, "bottom", 0, tmp_path / "bottom")["indices"]
+    assert set(bottom) <= {0, 7, 1, 8}
+    assert candidates(folder, 3, scored).tolist() == [4, 5, 6]
+    np.testing.assert_array_equal(read_proponents(folder, scored).scores, scores_N)
+
+
+def test_scores_without_a_meaning_are_refused(scored, tmp_path):
+    folder = tmp_path / "scores"
+    described(folder, sign="larger = better")
+    for read in (
+        lambda: select(folder, scored, 3, "top", 0, tmp_path / "o"),
+        lambda: candidates(folder, 3, scored),
+    ):
+        with pytest.raises(InputError, match="sign 'larger = better', which is none of"):
+            read()
+    scores_N = np.arange(10, dtype=np.float32)
+    scores_N[7] = np.nan
+    write_npy(folder / "scores.npy", scores_N)
+    described(folder, sign=NEGATIVE, trust={"reasons": ["set --eps-root", "other"]})
+    with pytest.raises(InputError, match=r"row 7 is not finite \(set --eps-root\)"):
+        select(folder, scored, 3, "top", 0, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    described(folder, candidates=9)  # the tenth was none
+    assert select(folder, scored, 9, "top", 0, tmp_path / "nine")["indices"] == [
+        *range(7),
+        8,
+        9,
+    ]
+    scores_N[3] = np.inf
+    write_npy(folder / "scores.npy", scores_N)
+    with pytest.raises(InputError, match="row 3 is not finite"):
+        select(folder, scored, 3, "top", 0, tmp_path / "o")

@@ -336,6 +336,12 @@ def test_train_needs_one_start(refused):
         assert "--model" in said and "--config" in said
 
 
+def test_train_names_optimizer_options_that_do_not_fit(refused):
+    assert "transformer.wte.weight" in refused(*TRAIN, "--decay", "wte.weight")
+    assert "--warmup" in refused(*TRAIN, "--start", "0.5")
+    assert "sgd and muon" in refused(*TRAIN, "--momentum", "0.9")
+
+
 ITEMS = {
     "not JSON": ("{", "line 1 is not JSON"),
     "no object": ("3", "no JSON object"),

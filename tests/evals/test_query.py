@@ -50,6 +50,31 @@ def test_no_source_no_column(tmp_path):
     assert load_rows(tmp_path / "query").columns == ["id"]
 
 
+def test_all_choices_are_rows_of_their_item(tmp_path):
+    info = build_query(ITEMS, TOKENIZER, 128, tmp_path / "query", choices="all")
+    rows = load_rows(tmp_path / "query", TOKENIZER.vocab_size, 128)
+    expected = [" wool", " emeralds", " 4", " 5", "Once", "Twice", " long"]
+    assert [supervised(rows, i) for i in range(7)] == expected
+    assert rows.column("item") == list("aabbccd")
+    assert rows.column("choice") == [0, 1, 0, 1, 0, 1, 0]
+    assert rows.column("gold") == [False, True, True, False, True, False, True]
+    assert rows.column("id") == ["a/0", "a/1", "b/0", "b/1", "c/0", "c/1", "d/0"]
+    assert rows.column("source") == ["oz", "oz", None, None, "3", "3", None]
+    assert info["rows"] == 7 and info["choices"] == "all"
+
+
+def test_the_choices_of_an_item_keep_the_same_context(tmp_path):
+    info = build_query(ITEMS, TOKENIZER, 20, tmp_path / "query", choices="all")
+    rows = load_rows(tmp_path / "query")
+    assert info["truncated_items"] == 2
+    contexts = [TOKENIZER.decode(ids[labels == IGNORED]) for ids, labels in
+                ((rows.ids(i), rows.labels(i)) for i in range(2))]  # fmt: skip
+    assert contexts == ["xport of Oz is"[-11:]] * 2
+    assert rows.lengths[:2].tolist() == [16, 20]
+    with pytest.raises(InputError, match="'a'.*9 tokens.*at most 8"):
+        build_query(ITEMS, TOKENIZER, 9, tmp_path / "short", choices="all")
+
+
 def test_long_contexts_lose_their_beginning(tmp_path):
     info = build_query(ITEMS, TOKENIZER, 20, tmp_path / "query")
     rows = load_rows(tmp_path / "query")
@@ -79,16 +104,20 @@ def test_no_items(tmp_path):
         build_query([], TOKENIZER, 20, tmp_path / "query")
 
 
-def test_a_rows_loss_is_the_scorers_answer_logprob(tmp_path):
+def test_a_rows_loss_is_the_scorers_logprob(tmp_path):
     config = ModelConfig(
         family="gpt2", vocab_size=258, context=128, width=16, layers=1, heads=2, mlp_width=32,
         head_dim=8, init_std=0.3,
     )  # fmt: skip
     params = schema.init(families.rows(config), config.layers, seed=3)
     loaded = Loaded(config, params, None, "fingerprint")
-    build_query(ITEMS, TOKENIZER, config.context, tmp_path / "query")
-    rows = load_rows(tmp_path / "query", config.vocab_size, config.context)
-    nll_NT = token_nll(loaded, rows, Execution(), 256)
     results = score_items(loaded, TOKENIZER, ITEMS, Execution(), 256)
-    logprobs = [result.answer_logprob for result in results]
-    np.testing.assert_allclose(-np.nansum(nll_NT, axis=1), logprobs, rtol=1e-5)
+    for choices in ("gold", "all"):
+        folder = tmp_path / choices
+        build_query(ITEMS, TOKENIZER, config.context, folder, choices=choices)
+        rows = load_rows(folder, config.vocab_size, config.context)
+        nll_NT = token_nll(loaded, rows, Execution(), 256)
+        expected = [result.answer_logprob for result in results]
+        if choices == "all":
+            expected = [logprob for result in results for logprob in result.logprobs]
+        np.testing.assert_allclose(-np.nansum(nll_NT, axis=1), expected, rtol=1e-5)

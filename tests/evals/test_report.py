@@ -3,7 +3,6 @@
 import copy
 import re
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,9 @@ from core.files import jsonable, read_json, read_jsonl, write_json, write_jsonl,
 from core.rows import load_rows, save_rows
 from evals import report_tokens
 from evals.report import SPEC_KEYS, build_report
-from evals.report_data import Text
+from evals.report_rows import Text
 from evals.report_text import decode, duration, esc, listed, num, percent, shortened, typeset
 
-HOSTILE = (
-    b"<script>alert(1)</script></style></pre>\"'><img src=x onerror=alert(2)> &amp; "
-    b"\x00\x07\x1b[31m\r\n\ttab  two\xff\xfe\xe2\x80\xae moc.live \xe2\x80\x8b\xf3\xa0\x81\x81 "
-    b"\xd7\xa9\xd7\x9c\xd7\x95\xd7\x9d https://example.com \xe2\x80\xa8 end \n"
-)
 EFFECTS = {"top": 0.6, "random": 0.2, "bottom": -0.1}
 
 
@@ -39,7 +33,7 @@ def texts_of(source: str, rng: np.random.Generator) -> bytes:
 
 
 def make_experiment(
-    folder: Path, chunks: int = 60, seeds: int = 3, items: int = 20, steps: int = 12
+    folder: Path, strange: bytes, chunks: int = 60, seeds: int = 3, items: int = 20, steps: int = 12
 ) -> dict:
     """A small made-up experiment in the formats of the commands; returns its spec."""
     rng = np.random.default_rng(0)
@@ -47,7 +41,7 @@ def make_experiment(
     source_N = rng.choice(names, chunks, p=[0.2, 0.6, 0.2])
     source_N[:3] = names
     data = [texts_of(source, rng) for source in source_N]
-    data[1] = HOSTILE
+    data[1] = strange
     ids = [np.frombuffer(text, np.uint8).astype(np.int32) for text in data]
     tokenizer = tokenizers.load("bytes")
     save_rows(folder / "pool", ids, None, {"source": source_N.tolist()}, tokenizer.fingerprint)
@@ -123,55 +117,15 @@ def write_run(
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
+def experiment(tmp_path_factory, strange):
     folder = tmp_path_factory.mktemp("experiment")
-    return folder, make_experiment(folder)
+    return folder, make_experiment(folder, strange)
 
 
 def built(spec: dict, folder: Path, out: Path) -> tuple[dict, str]:
     summary = build_report(spec, out, folder)
     assert read_json(out / "summary.json") == jsonable(summary)
     return summary, (out / "report.html").read_text("utf-8")
-
-
-class Page(HTMLParser):
-    """Elements in order, the open ones at each text, and every attribute of the page."""
-
-    VOID = {"meta", "link", "br", "img", "input"}
-
-    def __init__(self, html: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> is given twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data):
-        if self.open:
-            self.texts.setdefault(self.open[-1], []).append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.tags if name == tag]
-
-
-def assert_drawable(html: str) -> None:
-    numbers = re.findall(r' (?:d|x|y|x1|x2|y1|y2|cx|cy|width|height)="([^"]*)"', html)
-    assert numbers
-    assert all(re.fullmatch(r"[MLv\d. -]+", number) for number in numbers)
-    assert all(float(n) >= 0 for n in re.findall(r' (?:width|height)="([^"]*)"', html))
 
 
 def test_summary_equals_numbers_taken_straight_from_the_files(experiment, tmp_path):
@@ -249,9 +203,9 @@ def test_unequal_compute_is_said(experiment, tmp_path):
     assert "did not see the same number of tokens" in built(spec, folder, tmp_path / "b")[1]
 
 
-def test_page_is_well_formed_and_asks_for_nothing(experiment, tmp_path):
+def test_page_is_well_formed_and_asks_for_nothing(experiment, tmp_path, parse):
     folder, spec = experiment
-    page = Page(built(spec, folder, tmp_path)[1])
+    page = parse(built(spec, folder, tmp_path)[1])
     assert page.open == []
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -268,10 +222,10 @@ def test_page_is_well_formed_and_asks_for_nothing(experiment, tmp_path):
     assert len(page.all("script")) == 1
 
 
-def test_charts_can_be_read_without_seeing_them(experiment, tmp_path):
+def test_charts_can_be_read_without_seeing_them(experiment, tmp_path, parse, drawable):
     folder, spec = experiment
     html = built(spec, folder, tmp_path)[1]
-    page = Page(html)
+    page = parse(html)
     charts = page.all("svg")
     assert len(charts) == 7  # arms, differences, two widths of scores, recall, two of learning
     assert all(chart["aria-label"] and chart["role"] for chart in charts)
@@ -282,7 +236,7 @@ def test_charts_can_be_read_without_seeing_them(experiment, tmp_path):
     for arm in ("Top 6", "Random 6", "Bottom 6"):
         assert sum(label.startswith(f"{arm}\nseed") for label in labels) == 3
         assert sum(label.startswith(f"{arm}\nmean") for label in labels) == 1
-    assert_drawable(html)
+    drawable(html)
 
 
 def test_histograms_hold_every_chunk_and_mark_the_selected_ones(experiment, tmp_path):
@@ -294,7 +248,7 @@ def test_histograms_hold_every_chunk_and_mark_the_selected_ones(experiment, tmp_
     assert sum(int(n) for n, faint in bars if not faint) == spec["k"]
 
 
-def test_hostile_text_is_shown_and_never_run(experiment, tmp_path):
+def test_hostile_text_is_shown_and_never_run(experiment, tmp_path, parse, strange):
     folder, spec = experiment
     hostile = "</title></style><script>alert('x')</script>\x00\u202e\""
     spec = {**copy.deepcopy(spec), "title": hostile, "query": hostile, "commands": [hostile]}
@@ -304,21 +258,21 @@ def test_hostile_text_is_shown_and_never_run(experiment, tmp_path):
     lines[0]["source"] = hostile
     write_jsonl(folder / "scores_hostile" / "row_diagnostics.jsonl", lines)
     html = built({**spec, "scores": "scores_hostile"}, folder, tmp_path)[1]
-    page = Page(html)
+    page = parse(html)
     assert page.open == []
     assert len(page.all("script")) == 1 and len(page.all("style")) == 1 and not page.all("img")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200b\u202a-\u202e\u2066-\u2069]", html)
     assert "‹U+202E›" in html  # in labels
     chunk = next(t for t in page.texts["pre"] if "alert(1)" in t)
-    assert chunk.startswith(HOSTILE[:60].decode())
+    assert chunk.startswith(strange[:60].decode())
     named = set(page.texts["i"])
     assert {"U+0000", "U+0007", "U+001B", "U+000D", "\\xff", "\\xfe", "U+202E", "U+E0041"} <= named
     assert {"\n", "\t", "  "} <= named
 
 
-def test_filter_finds_every_source_at_both_ends(experiment, tmp_path):
+def test_filter_finds_every_source_at_both_ends(experiment, tmp_path, parse):
     folder, spec = experiment
-    page = Page(built({**spec, "shown": 5}, folder, tmp_path)[1])
+    page = parse(built({**spec, "shown": 5}, folder, tmp_path)[1])
     items = page.all("li")
     shown = [item for item in items if "data-source" in item and "hidden" not in item]
     assert len(shown) == 10
@@ -327,21 +281,21 @@ def test_filter_finds_every_source_at_both_ends(experiment, tmp_path):
         assert any(button.get("data-source") == source for button in page.all("button"))
 
 
-def test_only_scores(experiment, tmp_path):
+def test_only_scores(experiment, tmp_path, parse):
     folder, _ = experiment
     summary, html = built({"scores": "scores"}, folder, tmp_path)
     assert summary["top_minus_random"] is None and summary["recall_at_k"] is None
     assert summary["arms"] == {} and summary["chunks"] == 60
     assert "Scores only" in html and "cannot say" in html
-    assert Page(html).open == []
+    assert parse(html).open == []
     assert 'id="arms"' not in html and 'id="recall"' not in html and 'id="curves"' not in html
 
 
 @pytest.mark.parametrize("missing", sorted(set(SPEC_KEYS) - {"scores"}))
-def test_any_key_but_the_scores_may_be_missing(experiment, tmp_path, missing):
+def test_any_key_but_the_scores_may_be_missing(experiment, tmp_path, missing, parse):
     folder, spec = experiment
     html = built({k: v for k, v in spec.items() if k != missing}, folder, tmp_path)[1]
-    assert Page(html).open == []
+    assert parse(html).open == []
 
 
 def test_scores_whose_low_end_helps_keep_their_sign(experiment, tmp_path):
@@ -370,15 +324,15 @@ def test_two_rankings_are_compared(experiment, tmp_path):
 
 
 @pytest.mark.parametrize("scores", [[0.0], [0.0, 0.0, 0.0], [1e-9, 1e9, 5e8, -3e12]])
-def test_degenerate_scores_still_make_a_page(tmp_path, scores):
+def test_degenerate_scores_still_make_a_page(tmp_path, scores, parse, drawable):
     ranked = sorted(scores, reverse=True)
     lines = [
         {"row": i, "score": s, "rank": i, "length": 1, "source": None} for i, s in enumerate(ranked)
     ]
     write_jsonl(tmp_path / "row_diagnostics.jsonl", lines)
     html = built({"scores": ".", "k": 1}, tmp_path, tmp_path / "out")[1]
-    assert Page(html).open == []
-    assert_drawable(html)
+    assert parse(html).open == []
+    drawable(html)
 
 
 def replaced(key, value):
@@ -448,7 +402,7 @@ def with_tokens(folder: Path, name: str, scores_NT: np.ndarray, tokens: object) 
     return name
 
 
-def test_tokens_are_coloured_by_their_scores(experiment, tmp_path):
+def test_tokens_are_coloured_by_their_scores(experiment, tmp_path, parse):
     folder, spec = experiment
     lines = read_jsonl(folder / "scores" / "row_diagnostics.jsonl")
     scores_NT = np.zeros((60, max(line["length"] for line in lines)))
@@ -456,13 +410,13 @@ def test_tokens_are_coloured_by_their_scores(experiment, tmp_path):
     scores_NT[:, 4] = np.nan
     name = with_tokens(folder, "tokens", scores_NT, {"alignment": "label"})
     html = built({**spec, "scores": name}, folder, tmp_path)[1]
-    assert Page(html).open == [] and "to predict it" in html
-    for span in ('"helps s2" title="+1.00"', '"hurts s4" title="−2.00"'):
+    assert parse(html).open == [] and "to predict it" in html
+    for span in ('"helps s2" title="1: +1.00"', '"hurts s4" title="2: −2.00" tabindex="0"'):
         assert html.count(f"<span class={span}>") >= 24  # in twelve chunks of either end
-    assert '<span title="+0.100">' in html  # too small for a colour, but its number is there
+    assert '<span title="3: +0.100">' in html  # too small for a colour, but its number is there
     assert html.count("<details open>") == 2  # the first and the last chunk
     best = min(lines, key=lambda line: line["rank"])["row"]
-    shown = re.search(r'<details open>.*?<pre dir="auto">(.*?)</pre>', html, re.S)
+    shown = re.search(r'<details open>.*?<pre class="tokens" [^>]*>(.*?)</pre>', html, re.S)
     assert shown is not None
     ids = load_rows(folder / "pool").ids(best)
     assert unescape(re.sub("<[^>]*>", "", shown[1])) == tokenizers.load("bytes").decode(ids)
@@ -471,8 +425,8 @@ def test_tokens_are_coloured_by_their_scores(experiment, tmp_path):
         line["score"] *= -1
     write_jsonl(folder / name / "row_diagnostics.jsonl", lines)
     html = built({**spec, "scores": name}, folder, tmp_path / "magic")[1]
-    assert '<span class="hurts s2" title="+1.00">' in html
-    assert '<span class="helps s4" title="−2.00">' in html
+    assert '<span class="hurts s2" title="1: +1.00">' in html
+    assert '<span class="helps s4" title="2: −2.00" tabindex="0">' in html
     with_tokens(folder, name, scores_NT, {"alignment": "position"})
     assert "to read it" in built({**spec, "scores": name}, folder, tmp_path / "position")[1]
 
@@ -481,13 +435,14 @@ def test_a_character_of_several_tokens_stays_whole():
     text = Text([b"a", b"\xe2", b"\x82", b"\xac", b"\xff", b"\n", b"\xe2"], np.arange(7.0))
     assert report_tokens.limit([text]) == pytest.approx(np.quantile(np.arange(1.0, 7), 0.98))
     html = report_tokens.coloured(text, 6.0, higher_helps=True)
-    spans = re.findall(r'<span(?: class="(helps s\d)")? title="([^"]*)">(.*?)</span>', html, re.S)
+    pattern = r'<span(?: class="(helps s\d)")? title="([^"]*)"( tabindex="0")?>(.*?)</span>'
+    spans = re.findall(pattern, html, re.S)
     assert spans == [
-        ("", "0", "a"),
-        ("helps s4", "+1.00 +2.00 +3.00", "€"),
-        ("helps s3", "+4.00", '<i class="ctl">\\xff</i>'),
-        ("helps s3", "+5.00", '<i class="nl">\n</i>'),
-        ("helps s4", "+6.00", '<i class="ctl">\\xe2</i>'),
+        ("", "0: 0", "", "a"),
+        ("helps s4", "1: +1.00 +2.00 +3.00", ' tabindex="0"', "€"),
+        ("helps s3", "4: +4.00", "", '<i class="ctl">\\xff</i>'),
+        ("helps s3", "5: +5.00", "", '<i class="nl">\n</i>'),
+        ("helps s4", "6: +6.00", "", '<i class="ctl">\\xe2</i>'),
     ]
     assert report_tokens.coloured(text._replace(scores_T=np.full(7, np.nan)), 1.0, True) == typeset(
         decode(text.data), blanks=False
@@ -515,10 +470,10 @@ def test_token_scores_that_cannot_be_placed_are_refused(
         build_report({**spec, "scores": name}, tmp_path, folder)
 
 
-def test_rows_without_a_tokenizer_are_shown_as_ids(experiment, tmp_path):
+def test_rows_without_a_tokenizer_are_shown_as_ids(experiment, tmp_path, parse):
     folder, spec = experiment
     html = built({k: v for k, v in spec.items() if k != "tokenizer"}, folder, tmp_path)[1]
-    assert any(re.fullmatch(r"\d+( \d+)+", text) for text in Page(html).texts["pre"])
+    assert any(re.fullmatch(r"\d+( \d+)+", text) for text in parse(html).texts["pre"])
 
 
 def test_rows_that_were_no_candidates_are_left_out(experiment, tmp_path):
@@ -570,7 +525,7 @@ TAIL = make_validation(
 )
 
 
-def test_validations_in_the_folder_are_drawn(experiment, tmp_path):
+def test_validations_in_the_folder_are_drawn(experiment, tmp_path, parse, drawable):
     folder, spec = experiment
     scores = with_tokens(folder, "validated", np.zeros((60, 4)), {"alignment": "label"})
     write_json(folder / scores / "validation" / "drop" / "validation.json", LDS)
@@ -582,9 +537,9 @@ def test_validations_in_the_folder_are_drawn(experiment, tmp_path):
     assert [v["protocol"] for v in summary["validation"]] == ["drop", "tail", "recall"]
     assert summary["validation"][0]["methods"]["scores"] == [0.7, 0.6, 0.8]
     part = html[html.index('<section id="validation">') :].split("</section>")[0]
-    page = Page(part)
+    page = parse(part)
     assert page.open == ["section"] and len(page.all("svg")) == 5
-    assert_drawable(part)
+    drawable(part)
     labels = [attrs["aria-label"] or "" for _, attrs in page.tags if "data-tip" in attrs]
     assert labels.count("scores\nlds 0.700\n95% interval 0.600 to 0.800") == 1
     assert not any(label.startswith("<b>25\nlds") for label in labels)  # has no number
@@ -621,9 +576,9 @@ def test_broken_validations_are_refused(experiment, tmp_path, content, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_typesetting_loses_nothing():
+def test_typesetting_loses_nothing(parse):
     text = decode(b"a  b\tc\n\xff \xe2\x80\xad<i>&\n\n end ")
-    shown = Page(typeset(text)).texts
+    shown = parse(typeset(text)).texts
     assert "".join(shown["i"]).count("\n") == 3
     plain = re.sub("<[^>]*>", "", typeset(text))
     assert plain == "a  b\tc\n\\xff U+202D&lt;i&gt;&amp;\n\n end "

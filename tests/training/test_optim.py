@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core import families, schema
+from core import adapter, families, schema
 from core.config import ModelConfig
 from core.errors import InputError
-from training.optim import Optim, build, decayed, learning_rate
+from training.optim import Optim, build, clip_by_global_norm, decayed, learning_rate
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 GPT2 = ModelConfig("gpt2", 50257, 1024, 768, 12, 12, 3072, 64)
@@ -27,6 +27,25 @@ SCHEDULES = {
     "warm-up, linear": ({"warmup": 2, "schedule": "linear", "end": 0.0}, 4, [0.5, 1, 1, 0.5, 0]),
     "warm-up only": ({"warmup": 3, "schedule": "constant"}, 3, [1 / 3, 2 / 3, 1]),
     "one step": ({}, 1, [1]),
+    "polynomial": (
+        {"schedule": "polynomial", "power": 2.0, "end": 0.2},
+        4,
+        [1, 0.2 + 0.8 * 0.75**2, 0.4, 0.25],
+    ),
+    "warm-up from nothing": ({"warmup": 2, "start": 0.0, "schedule": "constant"}, 4, [0, 0.5, 1]),
+}
+# Of Bergson 2.5.1's MAGIC, 8 steps: settings, peak, rates.
+BERGSON = {
+    "linear": (
+        {"schedule": "linear", "end": 0.0},
+        0.05,
+        [0.05, 0.04375, 0.0375, 0.03125, 0.025, 0.01875, 0.0125, 0.00625],
+    ),
+    "polynomial": (
+        {"schedule": "polynomial", "end": 0.1, "warmup": 2, "start": 5e-4},
+        2e-3,
+        [1e-6, 1.0005e-3, 2e-3, 1.7e-3, 1.4e-3, 1.1e-3, 8e-4, 5e-4],
+    ),
 }
 
 
@@ -37,6 +56,13 @@ def test_schedules(settings, steps, expected):
         expected = [0.25, 0.5, 0.75, 1, *COSINE]
     found = [np.asarray(rate(step)) for step in range(len(expected))]
     np.testing.assert_allclose(found, 0.3 * np.array(expected), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("settings, lr, expected", BERGSON.values(), ids=BERGSON)
+def test_the_schedules_are_bergsons(x64, settings, lr, expected):
+    rate = learning_rate(Optim(lr=lr, **settings), 8)
+    found = [np.asarray(rate(step)) for step in range(8)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_decay_falls_on_matrices_only():
@@ -51,7 +77,29 @@ def test_decay_falls_on_matrices_only():
     assert len(jax.tree.leaves(mask)) == len(rows)
 
 
-SMALL = families.rows(ModelConfig("gpt2", 7, 5, 4, 2, 2, 8, 2))
+def test_decay_falls_on_what_is_named():
+    """Names as Hugging Face has them; the number of a layer is any."""
+
+    def named(*globs, rows=SMALL):
+        mask = decayed(rows, globs)
+        return {row.hf for row in rows if schema.get(mask, row.path)}
+
+    assert named("*") == {row.hf for row in SMALL}
+    mlp = {row.hf for row in SMALL if ".mlp." in row.hf}
+    assert len(mlp) == 4
+    assert named("*.mlp.*") == named("transformer.h.*.mlp.*") == mlp
+    both = {f"transformer.h.{{l}}.mlp.{name}.weight" for name in ("c_fc", "c_proj")}
+    assert named("*.mlp.c_fc.weight", "transformer.h.?.mlp.c_proj.weight") == both
+    spec = adapter.LoraSpec(2, 2.0, ("c_fc",))
+    factors = adapter.rows(spec, TINY)
+    assert named("*.lora_A.weight", rows=factors) == {factors[0].hf}
+    with pytest.raises(InputError, match=r"'transformer.h.0.mlp.c_fc.weight' names no parameter.*"
+                                         r"transformer.h.\*.mlp.c_fc.weight"):  # fmt: skip
+        named("*", "transformer.h.0.mlp.c_fc.weight")
+
+
+TINY = ModelConfig("gpt2", 7, 5, 4, 2, 2, 8, 2)
+SMALL = families.rows(TINY)
 
 
 def tree(seed):
@@ -89,6 +137,14 @@ def test_clip_bounds_the_global_norm():
     assert norm == pytest.approx(0.25, rel=1e-5)
 
 
+def test_clip_is_the_identity_around_zero(close):
+    """All of a batch may be unsupervised; a norm's own derivative is infinite there."""
+    clip, zero_D = clip_by_global_norm(0.25), jnp.zeros(3)
+    found_D, pull = jax.vjp(lambda g_D: clip.update(g_D, clip.init(g_D))[0], zero_D)
+    close(found_D, zero_D)
+    close(pull(zero_D + 2)[0], zero_D + 2)
+
+
 def test_adamw_first_step_is_the_sign(close):
     """With bias correction the first update is lr * g / (|g| + eps)."""
     grads, params = tree(1), tree(0)
@@ -99,7 +155,11 @@ def test_adamw_first_step_is_the_sign(close):
 @pytest.mark.parametrize(
     "settings,message",
     [({"lr": 0.0}, "--lr"), ({"lr": float("nan")}, "--lr"), ({"lr": -1.0}, "--lr"),
-     ({"warmup": 11}, "--warmup 11 does not fit into 10"), ({"warmup": -1}, "--warmup")],
+     ({"warmup": 11}, "--warmup 11 does not fit into 10"), ({"warmup": -1}, "--warmup"),
+     ({"start": 0.5}, "--start 0.5"), ({"start": 1.5, "warmup": 2}, "--start 1.5"),
+     ({"power": 0.0, "schedule": "polynomial"}, "--power 0.0"), ({"power": 2.0}, "not of cosine"),
+     ({"momentum": 0.9}, "--beta1 for adamw"), ({"nesterov": True, "name": "sgd"}, "--nesterov"),
+     ({"nesterov": True, "name": "muon", "momentum": 0.9}, "--nesterov")],
 )  # fmt: skip
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):

@@ -92,6 +92,23 @@ def test_provenance_is_that_of_the_first_token(tmp_path, jsonl):
     assert rows.column("doc") == [names[i] for i in documents]
 
 
+@pytest.mark.parametrize("pack", ["concat", "document"])
+def test_rows_know_where_each_document_starts(tmp_path, jsonl, pack):
+    """Put together by number, what stands in the rows is every document and its frame."""
+    rows, _ = made(tmp_path, [jsonl], 16, pack=pack)
+    texts, names = [[], [], [], []], {}
+    docs = rows.column("doc") or []
+    for i, documents in enumerate(rows.column("documents") or []):
+        starts = [document["start"] for document in documents]
+        assert starts[0] == 0 and documents[0]["doc"] == docs[i]
+        for document, part in zip(documents, np.split(rows.ids(i), starts[1:]), strict=True):
+            texts[document["number"]] += part.tolist()
+            names[document["number"]] = document["source"], document["doc"]
+    assert texts == [[*text.encode(), EOS] for text in TEXTS]
+    docs = ["jill/3", "7", f"{jsonl}:4", f"{jsonl}:5"]
+    assert names == dict(enumerate(zip(["rhyme", "rhyme", "pool", "pool"], docs, strict=True)))
+
+
 def test_counts_and_hashes(tmp_path, jsonl):
     _, info = made(tmp_path, [jsonl], 16)
     assert (info["documents"], info["empty_documents"], info["long_documents"]) == (4, 1, 2)

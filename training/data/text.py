@@ -56,9 +56,10 @@ class Frame(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tokens [T] and the source and doc of the first."""
+    """Tokens [T] of one document, its number and where it is from."""
 
     ids: np.ndarray
+    number: int
     source: str
     doc: str
 
@@ -76,8 +77,10 @@ def build_text_rows(
 
     length: most tokens of a row. split: what a document of a .txt file is, all of it or each run
     of lines between `blank` ones. Columns: source (default: the file's name without suffix) and doc
-    (default: the file, and the line or row), of a row's first token. Every token is supervised.
-    inject_facts: rewrite products as the tokens of `tokenizers.mul_facts`, which must be there.
+    (default: the file, and the line or row), of a row's first token; documents: where in the row
+    each of its documents starts, the number it has among all, and its source and doc. Every token
+    is supervised. inject_facts: rewrite products as the tokens of `tokenizers.mul_facts`, which
+    must be there.
     """
     paths = [Path(file) for file in files]
     check_files(paths, tuple(READERS))
@@ -96,10 +99,11 @@ def build_text_rows(
             documents = (_injected(document, counts) for document in documents)
         pieces = _encode(documents, tokenizer, around, length, counts, bar)
         some = False
-        for ids, source, doc in (concat if pack == "concat" else by_document)(pieces, length):
+        for parts in (concat if pack == "concat" else by_document)(pieces, length):
+            ids = np.concatenate([part.ids for part in parts])
             if len(ids) > 1:
                 some = True
-                yield Row(ids, ids, {"source": source, "doc": doc})
+                yield Row(ids, ids, _columns(parts))
             else:
                 counts["dropped_tokens"] += 1
         if not some:
@@ -119,8 +123,24 @@ def build_text_rows(
         }
 
     with Progress(sum(path.stat().st_size for path in paths) // 1000, "tokenise", "kB") as bar:
-        types = {"source": "string", "doc": "string"}
-        return write_rows(out, rows(bar), types, tokenizer.fingerprint, info)
+        return write_rows(out, rows(bar), _types(), tokenizer.fingerprint, info)
+
+
+def _types() -> dict[str, Any]:
+    import pyarrow as pa
+
+    numbers = {"start": pa.int32(), "number": pa.int32()}
+    texts = dict.fromkeys(("source", "doc"), pa.string())
+    return {**texts, "documents": pa.list_(pa.struct({**numbers, **texts}))}
+
+
+def _columns(parts: Sequence[Piece]) -> dict[str, Any]:
+    starts = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
+    documents = [
+        {"start": start, "number": number, "source": source, "doc": doc}
+        for start, (_, number, source, doc) in zip(starts, parts, strict=False)
+    ]
+    return {"source": parts[0].source, "doc": parts[0].doc, "documents": documents}
 
 
 def frame(tokenizer: Tokenizer, pack: Pack) -> Frame:
@@ -167,34 +187,33 @@ def _encode(
     tokens = 0
     for text, source, doc, end in documents:
         ids = np.concatenate([before, tokenizer.encode(text), after])
-        yield Piece(ids, source, doc)
+        yield Piece(ids, counts["documents"], source, doc)
         tokens += len(ids)
         counts["documents"] += 1
         counts["long_documents"] += len(ids) > length
         bar.update(end // 1000 - bar.done, tokens=f"{tokens:,}")
 
 
-def concat(pieces: Iterator[Piece], length: int) -> Iterator[Piece]:
+def concat(pieces: Iterator[Piece], length: int) -> Iterator[list[Piece]]:
     """Rows of `length` tokens from all pieces on end; what is left at the end is the last row."""
-    parts, filled, first = [], 0, None
+    parts, filled = [], 0
     for piece in pieces:
         start = 0
         while start < len(piece.ids):
-            first = first or piece
-            parts.append(piece.ids[start : start + length - filled])
-            start, filled = start + len(parts[-1]), filled + len(parts[-1])
+            parts.append(piece._replace(ids=piece.ids[start : start + length - filled]))
+            start, filled = start + len(parts[-1].ids), filled + len(parts[-1].ids)
             if filled == length:
-                yield first._replace(ids=np.concatenate(parts))
-                parts, filled, first = [], 0, None
-    if first:
-        yield first._replace(ids=np.concatenate(parts))
+                yield parts
+                parts, filled = [], 0
+    if parts:
+        yield parts
 
 
-def by_document(pieces: Iterator[Piece], length: int) -> Iterator[Piece]:
+def by_document(pieces: Iterator[Piece], length: int) -> Iterator[list[Piece]]:
     """Every piece cut into rows of `length` tokens, its last row shorter."""
     for piece in pieces:
         for start in range(0, len(piece.ids), length):
-            yield piece._replace(ids=piece.ids[start : start + length])
+            yield [piece._replace(ids=piece.ids[start : start + length])]
 
 
 def _read_txt(path: Path, split: Split) -> Iterator[Document]:

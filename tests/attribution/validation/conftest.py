@@ -15,7 +15,7 @@ def quick(tiny):
     losses = tiny.jit(token_losses, static_argnums=(0, 1))
     directions = tiny.jit(inspect.unwrap(_directions), static_argnums=(0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attribution.validation.bank.train_step", step)
+        patch.setattr("training.course.train_step", step)
         patch.setattr("core.inference.token_losses", losses)
         patch.setattr("attribution.validation.controls._directions", directions)
         yield

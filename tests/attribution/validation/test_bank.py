@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from attribution.magic.functional import functional
 from attribution.validation.bank import Bank
 from attribution.validation.protocols import Problem, lds, weight_step
 from core import model
@@ -35,7 +36,11 @@ def bank(tiny, world, tmp_path, x64):
     loaded = tiny.loaded()._replace(params=tiny.params(dtype="float64"))
     rows, query = world
     settings = Settings(STEPS, BATCH)
-    return Bank(tmp_path, loaded, rows, query, settings, OPTIM, EXECUTION, TOKENS)
+    return Bank(tmp_path, loaded, rows, each(query), settings, OPTIM, EXECUTION, TOKENS)
+
+
+def each(query):
+    return functional(query, "each", "nll")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,8 @@ def test_other_settings_have_other_places(tiny, world, tmp_path):
 
     def folder(loaded=loaded, rows=rows, query=query, settings=None, optim=OPTIM):
         settings = settings or Settings(3, 4)
-        return Bank(tmp_path, loaded, rows, query, settings, optim, EXECUTION, TOKENS).folder
+        asked = each(query)
+        return Bank(tmp_path, loaded, rows, asked, settings, optim, EXECUTION, TOKENS).folder
 
     others = [
         folder(loaded=tiny.loaded(seed=1)),
@@ -147,8 +153,10 @@ def test_other_settings_have_other_places(tiny, world, tmp_path):
 def test_refusals(tiny, world, tmp_path, bank):
     rows, query = world
     with pytest.raises(InputError, match="--accumulate"):
-        Bank(tmp_path, tiny.loaded(), rows, query, Settings(3, 4, 3), OPTIM, EXECUTION, TOKENS)
-    bank._start["embed"]["wte"] = bank._start["embed"]["wte"] * np.nan
+        settings = Settings(3, 4, 3)
+        Bank(tmp_path, tiny.loaded(), rows, each(query), settings, OPTIM, EXECUTION, TOKENS)
+    start = bank.course(0)._start
+    start["embed"]["wte"] = start["embed"]["wte"] * np.nan
     with pytest.raises(InputError, match="lower --lr"):
         bank.losses([np.ones(10)])
     assert not list(bank.folder.glob("*.npy"))

@@ -1,0 +1,1 @@
+"""Token scores by differentiation through a whole training run (MAGIC, arXiv 2504.16430)."""

@@ -1,0 +1,135 @@
+"""One step of training walked backwards: what its tokens did to the end, and what its start did.
+
+Dims: Q queries, A micro-batches, B rows of one, T tokens.
+
+Let lambda be the derivative of a query's loss in the state after a step, and h the optimizer:
+
+    (lambda', u) = VJP of h at (state, g) applied to lambda     u: the derivative in the gradient
+    score_bt     = <grad nll_bt, u> / D
+    lambda'_theta += H u,                                         H: the Hessian of the step's loss
+
+The tangent of (gradient, token losses) along u / D holds both the score and H u, so one evaluation
+in forward-over-reverse mode gives a micro-batch's part (MAGIC, arXiv 2504.16430, has the
+recurrence; reverse-over-reverse needs the same products but keeps more, see docs/benchmarks.md).
+Queries share all that does not depend on u.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from core import model
+from core.schema import Params
+from training.step import (
+    Recipe,
+    State,
+    dropout_key,
+    loss_and_grad,
+    micro_keys,
+    step,
+    supervised,
+    update,
+)
+
+
+class Adjoint(NamedTuple):
+    """The derivative of Q query losses in a state: [Q, ...] of each parameter and of each
+    floating-point leaf of the optimizer's state, in the order of `jax.tree.leaves`."""
+
+    params: Params
+    moments: list[jax.Array]
+
+
+def _is_moment(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def last(state: State, gradients: Params) -> Adjoint:
+    """At the end of training, from the queries' gradients there [Q, ...]."""
+    q = jax.tree.leaves(gradients)[0].shape[0]
+    moments = [x for x in jax.tree.leaves(state.opt_state) if _is_moment(x)]
+    return Adjoint(gradients, [jnp.zeros((q, *x.shape), x.dtype) for x in moments])
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",))
+@model.full_precision
+def forward_step(
+    recipe: Recipe,
+    state: State,
+    ids_ABT: jax.Array,
+    labels_ABT: jax.Array,
+    weights_ABT: jax.Array,
+    frozen: Params | None = None,
+    key: jax.Array | None = None,
+) -> tuple[State, Params | None, Any]:
+    """`training.step.step` that leaves its state alone; the gradient where `backward_step` needs
+    it."""
+    state, grads, metrics = step(recipe, state, ids_ABT, labels_ABT, weights_ABT, frozen, key)
+    return state, None if recipe.optim.linear else grads, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("adjoint",))
+@model.full_precision
+def backward_step(
+    recipe: Recipe,
+    state: State,
+    grads: Params | None,
+    adjoint: Adjoint,
+    ids_ABT: jax.Array,
+    labels_ABT: jax.Array,
+    weights_ABT: jax.Array,
+    frozen: Params | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Adjoint, jax.Array]:
+    """(derivatives in the state before the step, scores [Q,A,B,T]), label-aligned.
+
+    state, grads: before the step, and its gradient (`forward_step`). adjoint: after the step.
+    """
+    if grads is None:  # the update is linear: where it is differentiated does not matter
+        grads = jax.tree.map(jnp.zeros_like, state.params)
+    leaves, structure = jax.tree.flatten(state.opt_state)
+
+    def move(params: Params, moments: list[jax.Array], grads: Params) -> Adjoint:
+        rest = iter(moments)
+        opt_state = structure.unflatten([next(rest) if _is_moment(x) else x for x in leaves])
+        after = update(recipe, State(state.step, params, opt_state), grads)
+        return Adjoint(after.params, [x for x in jax.tree.leaves(after.opt_state) if _is_moment(x)])
+
+    _, pull = jax.vjp(move, state.params, [x for x in leaves if _is_moment(x)], grads)
+    along_params, along_moments, u = _over_queries(pull, adjoint)
+    scale = 1 / jnp.maximum(supervised(labels_ABT), 1)
+    u = jax.tree.map(lambda x: x * scale.astype(x.dtype), u)
+    keys_A = micro_keys(dropout_key(state, key), ids_ABT.shape[0])
+    micros = (ids_ABT, labels_ABT, weights_ABT, keys_A)
+
+    def tangents(micro: Any) -> tuple[Params, jax.Array]:
+        def gradient_and_losses(params: Params) -> tuple[Params, jax.Array]:
+            (_, nll_BT), grads = loss_and_grad(recipe, params, frozen, *micro)
+            return grads, nll_BT
+
+        def along(u: Params) -> tuple[Params, jax.Array]:
+            return jax.jvp(gradient_and_losses, (state.params,), (u,))[1]
+
+        return _over_queries(along, u)
+
+    if ids_ABT.shape[0] == 1:
+        moved, scores_QBT = tangents(jax.tree.map(lambda x: x[0], micros))
+        params = jax.tree.map(jnp.add, along_params, moved)
+        return Adjoint(params, along_moments), scores_QBT[:, None]
+
+    def add(params: Params, micro: Any) -> tuple[Params, jax.Array]:
+        moved, scores_QBT = tangents(micro)
+        return jax.tree.map(jnp.add, params, moved), scores_QBT
+
+    params, scores_AQBT = jax.lax.scan(add, along_params, micros)
+    return Adjoint(params, along_moments), jnp.swapaxes(scores_AQBT, 0, 1)
+
+
+def _over_queries(function: Any, tree: Any) -> Any:
+    """`jax.vmap`; a single query is spared the extra axis, with which matmuls are slower."""
+    if jax.tree.leaves(tree)[0].shape[0] > 1:
+        return jax.vmap(function)(tree)
+    one = function(jax.tree.map(lambda x: x[0], tree))
+    return jax.tree.map(lambda x: x[None], one)
