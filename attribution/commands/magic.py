@@ -5,16 +5,17 @@ from typing import Any
 import click
 
 from core.command import (
+    MODEL,
     PATH,
     POSITIVE,
     Door,
     Finite,
+    adapter_option,
     batch_tokens_option,
     dtype_option,
     execution,
     load_model,
     lora_options,
-    model_option,
     options,
     out_option,
     program_options,
@@ -33,13 +34,13 @@ magic_training = options(
 )
 
 
-def course_of(opts: dict[str, Any], loaded: Any, rows: Any) -> Any:
+def course_of(opts: dict[str, Any], loaded: Any, rows: Any, replayed: bool = False) -> Any:
     """The `training.course.Course` that these options ask for, and says what is wrong with it."""
     from training.course import Course
 
-    settings, optim = training_settings(opts, len(rows), finite=True)
+    settings, optim = training_settings(opts, len(rows), finite=not replayed)
     held = trained_adapter(opts, loaded)
-    if held and opts["lora_dropout"] is None and held.spec.dropout:
+    if held and held.spec.dropout and opts["lora_dropout"] is None and not replayed:
         import dataclasses
 
         held = held._replace(spec=dataclasses.replace(held.spec, dropout=0.0))
@@ -55,8 +56,12 @@ def course_of(opts: dict[str, Any], loaded: Any, rows: Any) -> Any:
 
 
 @click.command("magic")
-@model_option
-@click.option("--rows", type=PATH, required=True, help="rows to train on, whose tokens are scored")
+@click.option("--model", type=MODEL,
+              help="model folder, finished run, Hugging Face folder or hub name")  # fmt: skip
+@adapter_option
+@click.option("--rows", type=PATH, help="rows to train on, whose tokens are scored")
+@click.option("--run", "trained", type=PATH,
+              help="finished `train lm` to walk back, instead of --model and --rows")  # fmt: skip
 @click.option("--query", type=PATH, required=True, help="rows whose loss is asked about")
 @click.option("--control", type=PATH, help="rows whose mean loss is taken off the query's")
 @out_option
@@ -80,19 +85,26 @@ def course_of(opts: dict[str, Any], loaded: Any, rows: Any) -> Any:
 @dtype_option("float32", "float64", "bfloat16")
 @click.option("--force", is_flag=True, help="with --dtype bfloat16: go on all the same")
 @program_options
-@click.pass_obj
-def magic(door: Door, **opts: Any) -> None:
-    """Train --model on --rows and differentiate the query's loss through all of it.
+@click.pass_context
+def magic(ctx: click.Context, **opts: Any) -> None:
+    """Train --model on --rows, or --run again, and differentiate the query's loss through it all.
 
     Each token gets d(query loss) / d(weight of the token): negative = training on the token lowers
     the query's loss. The trained model stays in OUT/model.
     """
     import jax
 
+    from attribution.commands import replayed
     from attribution.magic import documents, functional, outputs, smoothness, walk
     from core.errors import InputError
     from core.rows import same_tokenizer
 
+    door: Door = ctx.obj
+    past = opts["trained"]
+    if past:
+        opts |= replayed.options_of(ctx, past)
+    elif opts["model"] is None or opts["rows"] is None:
+        raise InputError("give --model and --rows, or --run")
     if opts["dtype"] == "bfloat16" and not opts["force"]:
         raise InputError("--dtype bfloat16: derivatives through rounded steps are mostly rounding; "
                          "use float32, or --force")  # fmt: skip
@@ -100,9 +112,13 @@ def magic(door: Door, **opts: Any) -> None:
         if run is None:
             return
         jax.config.update("jax_enable_x64", opts["dtype"] == "float64")
-        loaded = load_model(opts["model"], opts["adapter"])
+        loaded = (
+            replayed.start_of(past, opts) if past else load_model(opts["model"], opts["adapter"])
+        )
         rows, query = (door.rows(opts[name], loaded) for name in ("rows", "query"))
         same_tokenizer(rows, query)
+        if past:
+            replayed.check_rows(past, rows)
         control = door.rows(opts["control"], loaded) if opts["control"] else None
         asked = functional.functional(query, opts["query_mode"], opts["query_loss"], control)
         packed = documents.documents(rows) if opts["target"] == "document" else None
@@ -111,7 +127,7 @@ def magic(door: Door, **opts: Any) -> None:
             int(opts["memory_gb"] * 1e9), opts["batch_tokens"],
         )  # fmt: skip
         tokenizer = door.tokenizer(None, loaded) if loaded.tokenizer else None
-        course = course_of(opts, loaded, rows)
+        course = course_of(opts, loaded, rows, past is not None)
         way = walk.Walk(run.path, course, asked, settings)
         run.inputs(
             model=loaded.fingerprint,
@@ -126,9 +142,11 @@ def magic(door: Door, **opts: Any) -> None:
                 course, run.path, seed=opts["seed"], base=found.final.params
             )
         course.save(run.path, found.final, tokenizer)
-        names = {name: opts[name] for name in ("query_mode", "query_loss")}
+        about = {name: opts[name] for name in ("query_mode", "query_loss")}
+        if past:
+            about["replay"] = replayed.compared(past, course, found.final)
         info = outputs.publish(
-            run, loaded, course, asked, settings, found, names, smooth, packed
+            run, loaded, course, asked, settings, found, about, smooth, packed
         )  # fmt: skip
         door.page(run.path)
         way.clear()
@@ -141,6 +159,8 @@ def magic(door: Door, **opts: Any) -> None:
             "loss_before": losses["before"], "loss_after": losses["after"],
             "loss_drop": info["loss_drop"], "moved_relative": moved["relative"],
         }  # fmt: skip
+        if past:
+            shown["difference_to_run"] = about["replay"]["difference"]
         if smooth and smooth["smoothness"] is not None:
             shown["metasmoothness"] = smooth["smoothness"]
         show(run.path, shown | {"verdict": info["trust"]["verdict"].replace(" ", "_")})

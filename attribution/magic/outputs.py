@@ -40,7 +40,8 @@ def publish(
 ) -> dict[str, Any]:
     """Write all of it; returns `info.json`.
 
-    loaded: the model that training began with. asked: `query_mode` and `query_loss`.
+    loaded: the model that training began with. asked: `query_mode`, `query_loss`, and `replay` of
+    an earlier run, if it is one.
     """
     recipe, rows = course.recipe, course.rows
     alone = asked["query_mode"] == "mean"

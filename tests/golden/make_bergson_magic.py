@@ -4,9 +4,10 @@ Runs after make_bergson.py and in its environment (see README.md), on its models
 
     python -P tests/golden/make_bergson_magic.py [gpt2] [gemma3]    rewrites bergson/NAME/magic.npz
 
-What is stored is what Bergson's `run_magic` writes in float64: two epochs over the training rows
-in batches of four, so five steps, each batch's loss sum(w nll) / (its supervised tokens). Scores
-are d(query loss) / d(w), so negative is a proponent; all parameters decay. Bergson's entry t is the
+What is stored is what Bergson's `run_magic` writes in float64, in which Gemma's norms and attention
+would still round to float32 and here do not: two epochs over the training rows in batches of four,
+so five steps, each batch's loss sum(w nll) / (its supervised tokens). Scores are
+d(query loss) / d(w), so negative is a proponent; all parameters decay. Bergson's entry t is the
 weight of token t + 1; here they are label-aligned. Dims: N rows, T tokens, Q query rows.
 
 order                [2 N] int32, the rows in the order of training, both epochs
@@ -16,8 +17,7 @@ VARIANT/loss         that mean query loss after training, nats
 VARIANT/lr           [5] of each step
 
 It also prints how far the scores of a few tokens are from central differences of Bergson's own
-training. Gemma rounds its norms and attention to float32 whatever the precision, which is too
-coarse for differences; for those alone it does not.
+training.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def trained_loss(config: MagicConfig, weights_NT: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """What a model of float64 rounds to float32, it does not."""
+    """A model of float64 computes in it throughout."""
     softmax = torch.nn.functional.softmax
     with (
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
@@ -171,7 +171,6 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-@in_float64()
 def error(config: MagicConfig, scores_NT: np.ndarray) -> float:
     """Largest difference from central differences of a few tokens, relative to the largest."""
     large = np.argwhere(np.abs(scores_NT) > 0.02 * np.abs(scores_NT).max())
@@ -193,7 +192,8 @@ def label_aligned(scores_NT: np.ndarray) -> np.ndarray:
 
 def make(name: str) -> None:
     golden = Path(__file__).parent / "bergson" / name
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet, in_float64():
         case = Case(name, golden, Path(folder))
         case.prepare()
         order = sequence(case.config("order", **SGD))["example_ids"]
