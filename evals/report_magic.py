@@ -60,19 +60,19 @@ def verdict(magic: Magic, found: Strongest | None, query: str | None) -> Verdict
 
 
 def _method(info: dict[str, Any], what: str) -> str:
-    n, path = info.get("queries"), _part(info, "query").get("path")
-    queries = "one query" if n == 1 else f"{n} queries" if n else "the queries"
-    where = f" in {Path(str(path)).name}" if path else ""
-    shown = ""
-    if n != 1:
-        each = info.get("query_mode") == "each"
-        shown = ", of which this page shows the mean" if each else ", taken together"
-    control = " minus that of the control" if info.get("control") else ""
-    margin = " (the margin of the right answer)" if info.get("query_loss") == "margin" else ""
+    path = _part(info, "query").get("path")
+    name = Path(str(path)).name if path else "the query"
+    asked = "margin of the right answers" if info.get("query_loss") == "margin" else "loss"
+    if info.get("query_mode") == "each":
+        asked = f"the {asked} of each of {info.get('queries')} queries in {name}"
+        shown = " This page shows the mean of all."
+    else:
+        asked, shown = f"the mean {asked} of the rows in {name}", ""
+    control = ", minus that of the control," if info.get("control") else ""
     return (
-        f"MAGIC differentiated the loss{margin} of {queries}{where}{shown}{control}, through every "
-        f"step of training, back to the weights of {what}. A negative score helps: more weight "
-        "on it would have lowered the query's loss."
+        f"MAGIC differentiated {asked}{control} through every step of training, back to the "
+        f"weights of {what}.{shown} A negative score helps: more weight on it would have lowered "
+        "the query's loss."
     )
 
 

@@ -64,6 +64,7 @@ def publish(
         bool(np.isfinite(found.scores).all()), recipe.optim.name, recipe.optim.eps_root,
         before - after, found.displacement["relative"], measured,
         bool(dropout), recipe.execution.dtype, course.steps,
+        asked.get("replay", {}).get("difference", 0.0),
     )  # fmt: skip
     tokens = {"file": TOKENS, "alignment": "label"}
     known = {

@@ -16,6 +16,8 @@ NOISE = 0.02
 LOSS_DROP = 0.01
 # Our choice: far below the 1e-3 and more of runs whose loss falls visibly.
 DISPLACEMENT = 1e-4
+# Our choice: a replay that ends further off, by its share of the run's way, is another training.
+REPLAY = 0.01
 
 REMEDIES = "a larger --eps-root or --batch, a smaller --lr or fewer steps"
 
@@ -23,7 +25,8 @@ REMEDIES = "a larger --eps-root or --batch, a smaller --lr or fewer steps"
 class Facts(NamedTuple):
     """Of one run. loss_drop: of the query, nats. displacement: ||end - start|| / ||start||.
 
-    smoothness: None where it was not measured, or has no value. dropout: on in training.
+    smoothness: None where it was not measured, or has no value. dropout: on in training. replay:
+    how far from the end of an earlier run its replay ended, as a share of that run's displacement.
     """
 
     finite: bool
@@ -35,6 +38,7 @@ class Facts(NamedTuple):
     dropout: bool
     dtype: str
     steps: int
+    replay: float = 0.0
 
 
 class Trust(NamedTuple):
@@ -62,6 +66,12 @@ def trust(facts: Facts) -> Trust:
         )
     if facts.dtype == "bfloat16":
         wrong.append("Derivatives through bfloat16 steps are mostly rounding; use --dtype float32.")
+    if facts.replay > REPLAY:
+        wrong.append(
+            f"The replay ended {100 * facts.replay:.1g} % of the way from where the run had ended: "
+            "the scores are about another training; replay on the same kind of machine, or train "
+            "in float32."
+        )
     if adaptive and not facts.eps_root:
         doubts.append(
             "With --eps-root 0 the derivative of 1 / sqrt(v) is unbounded where v is near 0; set "

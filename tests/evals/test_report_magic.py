@@ -116,7 +116,7 @@ def test_headline_says_what_was_attributed_and_whether_to_trust_it(run, drawable
     assert summary["verdict"] == said
     assert summary["trust"] == {"verdict": "Scores are trusted", "reasons": ("It is smooth.",)}
     head = html[html.index('<section class="verdict v-yes">') :].split("</section>")[0]
-    assert "3 queries in lobsters" in head and "A negative score helps" in head
+    assert "mean loss of the rows in lobsters" in head and "A negative score helps" in head
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd><b>(.*?)<i>", head))
     assert facts.pop("tokens scored") == f"{sum(load_rows(folder / 'rows').trained):,}"
     assert list(facts.values()) == ["−0.250", "0.700", "0.960", "1.2%"]
@@ -256,7 +256,7 @@ def test_each_query_shows_the_mean(tmp_path, strange, page_of):
     _, of_each = page_of(tmp_path)
     write_scores(tmp_path, scores_NTQ.mean(-1))
     _, of_mean = page_of(tmp_path)
-    assert "of which this page shows the mean" in of_each
+    assert "each of 3 queries in lobsters" in of_each and "shows the mean of all" in of_each
     for name in ("chunks", "tokens"):
         assert part(of_each, name) == part(of_mean, name)
 

@@ -26,6 +26,7 @@ def test_a_sound_run_is_trusted():
         ({"displacement": 9e-5}, "doubtful", ["barely trained", "9e-05 of their length"]),
         ({"loss_drop": -0.2}, "doubtful", ["rose by 0.2 nats"]),
         ({"dropout": True}, "doubtful", ["Dropout was on"]),
+        ({"replay": 0.02}, "not to be trusted", ["2 % of the way"]),
     ],
 )
 def test_each_reason_by_itself(change, verdict, words):
@@ -36,7 +37,7 @@ def test_each_reason_by_itself(change, verdict, words):
 
 
 @pytest.mark.parametrize(
-    "change", [{"smoothness": 0.9}, {"loss_drop": 0.01}, {"displacement": 1e-4}]
+    "change", [{"smoothness": 0.9}, {"loss_drop": 0.01}, {"displacement": 1e-4}, {"replay": 0.01}]
 )
 def test_on_a_threshold_there_is_no_reason(change):
     assert trust(SOUND._replace(**change)).reasons == []
