@@ -539,6 +539,37 @@ def bench_attribution(**opts: Any) -> None:
     click.echo(table(result))
 
 
+@bench_group.command("magic")
+@preset_option
+@click.option("--batch", type=POSITIVE, default=8, help="rows")
+@click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
+@click.option("--queries", type=POSITIVE, default=8, help="walked back together, beside one alone")
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw", "muon"]), default="sgd")
+@click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
+@click.option("--reverse/--no-reverse", default=False, help="also reverse-over-reverse")
+@click.option("--memory-only", is_flag=True, help="compile and run nothing; fits anywhere")
+@click.option("--out", type=PATH, help="a .json file for the result")
+@execution_options
+def bench_magic(**opts: Any) -> None:
+    """Time a training step walked backwards, and what it holds, against the step."""
+    from attribution.magic.bench import bench, table
+    from core.files import atomic, dumps
+    from training.optim import Optim
+
+    momentum = 0.95 if opts["optimizer"] == "muon" else 0.0
+    optim = Optim(
+        opts["optimizer"], schedule="constant", clip=0.0, eps_root=1e-8, momentum=momentum
+    )
+    with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
+        result = bench(
+            opts["preset"], opts["batch"], opts["length"], opts["queries"], optim,
+            0 if opts["memory_only"] else opts["repeats"], opts["reverse"], execution(opts),
+        )  # fmt: skip
+        if file is not None:
+            file.write(f"{dumps(result, indent=2)}\n".encode())
+    click.echo(table(result))
+
+
 @bench_group.command("tokenizer")
 @click.option("--tokenizer", type=TOKENIZER, default="bytes",
               help="a name, or a folder or file")  # fmt: skip

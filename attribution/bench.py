@@ -8,6 +8,7 @@ medians are compared, so a noisy machine spoils all of them alike. FLOPs of a to
 4N + 3A + pi, which is the floor of its ratio. `ekfac_fit` is the two passes of an EK-FAC fit.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -65,19 +66,12 @@ def bench(
         programs |= _program(name, config, execution, params, ids_BT, projection_dims)
     if parts:
         programs |= _parts(config, execution, batch, length)
-    compiled, seconds, cpu = {}, {}, {}
+    compiled: dict[str, Any] = {}
     for name, (function, arguments) in programs.items():
         with jax.default_matmul_precision("highest"):  # as the attribution passes have it
             compiled[name] = jax.jit(function).lower(*arguments).compile()
-        jax.block_until_ready(compiled[name](*arguments))
-        seconds[name], cpu[name] = [], []
-    for _ in range(repeats):
-        for name, function in compiled.items():
-            began, used = time.perf_counter(), time.process_time()
-            jax.block_until_ready(function(*programs[name].arguments))
-            seconds[name].append(time.perf_counter() - began)
-            cpu[name].append(time.process_time() - used)
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    runs = {name: functools.partial(f, *programs[name].arguments) for name, f in compiled.items()}
+    median, cpu = alternate(runs, repeats)
     main = [name for name in median if ":" not in name]
     times = {name: median[name] for name in main}
     if {"kfac", "ekfac_correction"} <= times.keys():
@@ -92,7 +86,7 @@ def bench(
         "jax": jax.__version__,
         "execution": {**execution.__dict__, "unroll": execution.unroll(config.layers)},
         "seconds": times,
-        "cpu_seconds": {name: float(np.median(cpu[name])) for name in main},
+        "cpu_seconds": {name: cpu[name] for name in main},
         "ratios": {name: value / whole for name, value in times.items()},
         "tokens_per_second": {name: batch * length / value for name, value in times.items()},
         "temp_bytes": {name: compiled[name].memory_analysis().temp_size_in_bytes for name in main},
@@ -104,6 +98,22 @@ def bench(
         result["parts"] = {**of, "sum": sum(of.values())}
         result["value_and_grad_to_parts"] = whole / sum(of.values())
     return result
+
+
+def alternate(
+    runs: dict[str, Callable[[], Any]], repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median (seconds, CPU seconds) of each, taken in turn; what a first call costs is left out."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready(run())
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began, used = time.perf_counter(), time.process_time()
+            jax.block_until_ready(run())
+            taken[name].append((time.perf_counter() - began, time.process_time() - used))
+    median = {name: np.median(pairs, 0).tolist() for name, pairs in taken.items()}
+    return {n: wall for n, (wall, _) in median.items()}, {n: cpu for n, (_, cpu) in median.items()}
 
 
 def _program(

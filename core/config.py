@@ -132,13 +132,14 @@ class Execution:
     dtype: of activations and matmuls; parameters, norms, softmax and losses stay float32
         (float64 with float64 parameters, for tests).
     layers: `scan` compiles one block, `unrolled` compiles all; `auto` see `unroll`.
-    remat: recompute each block in the backward pass instead of keeping its activations.
+    remat: recompute each block in the backward pass instead of keeping its activations;
+        `products` keeps those that a product with a weight made.
     loss_chunk: tokens whose logits are held at once; 0 picks about 2**25 logits (128 MiB).
     """
 
     dtype: str = "float32"
     layers: Literal["auto", "scan", "unrolled"] = "auto"
-    remat: bool = False
+    remat: Literal[False, True, "products"] = False
     loss_chunk: int = 0
 
     @property

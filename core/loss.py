@@ -23,6 +23,7 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 IGNORED = -100
+BLOCK = 8192  # words of the vocabulary
 
 
 class Objective(NamedTuple):
@@ -149,6 +150,33 @@ def token_nll(
     return token_losses(hidden_BTD, head_VD, targets_BT, chunk)
 
 
+@jax.custom_jvp
+def _accumulate(sum_VD: jax.Array, p_BCV: jax.Array, h_BCD: jax.Array) -> jax.Array:
+    """sum + p^T h."""
+    return sum_VD + jnp.einsum("BCV,BCD->VD", p_BCV, h_BCD, preferred_element_type=sum_VD.dtype)
+
+
+@_accumulate.defjvp
+def _accumulate_along(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]):
+    """dsum + dp^T h + p^T dh, some words at a time: no product of the head's size stands beside
+    the sum, where there would be two."""
+    _, p_BCV, h_BCD = primals
+    dsum_VD, dp_BCV, dh_BCD = tangents
+    both_BCD = jnp.concatenate([h_BCD, dh_BCD], 1)
+    vocabulary, words = len(dsum_VD), min(BLOCK, len(dsum_VD))
+
+    def add(i: jax.Array, dsum_VD: jax.Array) -> jax.Array:
+        at = jnp.minimum(i * words, vocabulary - words)  # the last block reaches back
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=words)
+        both_BCW = jnp.concatenate([part(dp_BCV, axis=2), part(p_BCV, axis=2)], 1)
+        sum_WD = _accumulate(part(dsum_VD), both_BCW, both_BCD)
+        is_new_W1 = (at + jnp.arange(words, dtype=at.dtype) >= i * words)[:, None]
+        sum_WD = jnp.where(is_new_W1, sum_WD, part(dsum_VD))
+        return jax.lax.dynamic_update_slice_in_dim(dsum_VD, sum_WD, at, 0)
+
+    return _accumulate(*primals), jax.lax.fori_loop(0, -(-vocabulary // words), add, dsum_VD)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_nll(
     hidden_BTD: jax.Array,
@@ -193,9 +221,7 @@ def _weighted_forward(
         dh_BCD = jnp.einsum("BCV,VD->BCD", p_BCV, head_low_VD, preferred_element_type=wide)
         dh_BCD = dh_BCD - w_BC[..., None] * head_VD[jnp.maximum(y_BC, 0)]
         if dhead_VD is not None:
-            dhead_VD = dhead_VD + jnp.einsum(
-                "BCV,BCD->VD", p_BCV, h_BCD, preferred_element_type=wide
-            )
+            dhead_VD = _accumulate(dhead_VD, p_BCV, h_BCD)
         return jnp.where(y_BC == IGNORED, 0, nll_BC), dh_BCD.astype(h_BCD.dtype), dhead_VD
 
     dhead_VD = jnp.zeros(head_VD.shape, wide) if head.perturbed else None

@@ -59,7 +59,9 @@ class Decoder(nn.Module):
         if self.execution.remat:
             # Inside a loop the barrier against common-subexpression elimination is not needed;
             # unrolled, XLA would undo the recomputation without it.
-            layer = nn.remat(layer, prevent_cse=unroll > 1)
+            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = products if self.execution.remat == "products" else None
+            layer = nn.remat(layer, prevent_cse=unroll > 1, policy=policy)
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "lora": 0, "sinks": 0, "taps": 0, CACHE: 0},

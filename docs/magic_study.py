@@ -8,7 +8,7 @@ first tokens are the vocabulary. A small GPT-2 learns the first half of the arti
 paragraphs of twelve of the others, in the ways of SETTINGS; each query is how a held-out paragraph
 of one of the twelve begins. Other methods score the same rows and meet the same retrains.
 
-All work is done by public commands, shown as they run; those that are done are not started again.
+All work is done by public commands, shown as they run; a study that was stopped goes on.
 OUT/study.json and OUT/study.md are the result. An LDS is the mean over the queries of each one's
 own Spearman correlation, with a 95 % interval by bootstrap over queries.
 """
@@ -31,31 +31,35 @@ TRAIN = (
     "--optimizer adamw --lr 1.5e-3 --eps-root 1e-8 --batch 16 --steps 37 --warmup 8 "
     "--schedule linear --end 0 --clip 0"
 )
-RETRAINS = {"base": 100}  # of a setting; others 50
+COMPARED = ("base", "eps_root 1e-6")  # with other methods, by twice the retrains
+RETRAINS = 50
 SETTINGS = {  # what is changed in TRAIN
     "base": "",
+    "eps_root 1e-6": "--eps-root 1e-6",
     "eps_root 0": "--eps-root 0",
     "eps_root 1e-17": "--eps-root 1e-17",
     "eps_root 1e-10": "--eps-root 1e-10",
-    "eps_root 1e-6": "--eps-root 1e-6",
     "batch 8": "--batch 8 --steps 74 --warmup 16",
     "batch 32": "--batch 32 --steps 18 --warmup 4",
     "lr 5e-4": "--lr 5e-4",
     "lr 3e-3": "--lr 3e-3",
     "lr 6e-3": "--lr 6e-3",
+    "lr 3e-3, eps_root 1e-6": "--lr 3e-3 --eps-root 1e-6",
     "no warm-up": "--warmup 0",
+    "sgd, lr 0.03": "--optimizer sgd --lr 0.03",
     "sgd, lr 0.1": "--optimizer sgd --lr 0.1",
     "sgd, lr 0.4": "--optimizer sgd --lr 0.4",
     "sgd, momentum 0.9, lr 0.06": "--optimizer sgd --momentum 0.9 --lr 0.06",
     "muon, lr 2e-3": "--optimizer muon --lr 2e-3",
     "muon, lr 6e-3": "--optimizer muon --lr 6e-3",
+    "muon, lr 2e-2": "--optimizer muon --lr 2e-2",
     "muon, lr 2e-3, eps_root 0": "--optimizer muon --lr 2e-3 --eps-root 0",
 }
-METHODS = {  # of the base setting, at the trained model
+METHODS = {  # at the trained model, of all matrices where a method can
     "EK-FAC": "ekfac",
-    "TrackStar": "trackstar",
-    "gradient cosine": "score --unit-norm",
-    "gradient product, exact": "score --exact",
+    "TrackStar": "trackstar --modules '*'",
+    "gradient cosine": "score --unit-norm --modules '*'",
+    "gradient product, exact": "score --exact --modules '*'",
 }
 CONTROLS = ("bm25", "embedding", "length", "random")
 
@@ -93,9 +97,7 @@ def write_corpus(text: str, gpt2: Path, out: Path) -> None:
 
 
 def command(line: str, out: Path) -> str | None:
-    """Run `cli.py LINE --out OUT` unless it is done; why it was refused, or None."""
-    if any((out / name).exists() for name in ("DONE", "command.json")):
-        return None
+    """Run `cli.py LINE --out OUT`; why it was refused, or None."""
     line = f"{line} --out {shlex.quote(str(out))}"
     print(f"python cli.py {line}", flush=True)
     ran = subprocess.run(
@@ -104,6 +106,11 @@ def command(line: str, out: Path) -> str | None:
     if ran.returncode not in (0, 2):
         sys.exit(f"{ran.stderr}\nstopped; the same command goes on from here")
     return ran.stderr.strip().splitlines()[-1] if ran.returncode else None
+
+
+def plain(name: str) -> str:
+    """As a folder's name."""
+    return re.sub("[^a-z0-9.-]+", "-", name.lower())
 
 
 def lds(folder: Path) -> dict[str, dict[str, Any]]:
@@ -131,39 +138,38 @@ def study(text: Path, gpt2: Path, out: Path) -> dict[str, Any]:
     )
     result: dict[str, Any] = {"model": MODEL, "pretrain": PRETRAIN, "train": TRAIN, "settings": {}}
 
-    def validated(scores: Path, name: str, how: str) -> str | None:
+    def validated(scores: Path, count: int, how: str = "") -> str | None:
         return command(
             f"attribute validate {shlex.quote(str(scores))} --model {base} --rows {rows}/pool "
-            f"--query {rows}/query --count {RETRAINS.get(name, 50)} --bank {quoted}/bank {how}",
+            f"--query {rows}/query --count {count} --bank {quoted}/bank {how}",
             scores / "lds",
         )
 
     for name, change in SETTINGS.items():
-        scores = out / re.sub("[^a-z0-9.-]+", "-", name)
+        scores, count = out / plain(name), RETRAINS * (1 + (name in COMPARED))
         refused = command(
             f"attribute magic --model {base} --rows {rows}/pool --query {rows}/query "
             f"--query-mode each --query-batch {ARTICLES} {TRAIN} {change}",
             scores,
         )
-        refused = refused or validated(scores, name, "")
+        refused = refused or validated(scores, count)
         found: dict[str, Any] = {"change": change, "refused": refused}
-        if not refused:
+        if (scores / "info.json").exists():
             info = json.loads((scores / "info.json").read_text())
             kept = ("losses", "loss_drop", "displacement", "metasmoothness", "trust", "steps")
-            found |= {key: info[key] for key in kept} | {"lds": lds(scores / "lds")}
+            found |= {key: info[key] for key in kept}
+        found["lds"] = {} if refused else lds(scores / "lds")
         result["settings"][name] = found
-        if name == "base":
-            found["methods"] = {}
+        if name in COMPARED:
             for method, how in METHODS.items():
-                other = out / f"method-{re.sub('[^a-z]+', '-', method.lower())}"
+                other = scores / "others" / plain(method)
                 command(
-                    f"attribute {how} --model {scores}/model --pool {rows}/pool "
+                    f"attribute {how} --model {shlex.quote(str(scores))}/model --pool {rows}/pool "
                     f"--query {rows}/query --mode each",
                     other,
                 )
-                validated(other, name, f"--no-controls {TRAIN}")
-                found["methods"][method] = lds(other / "lds")["scores"]
-            found["methods"] |= {control: found["lds"][control] for control in CONTROLS}
+                validated(other, count, f"--no-controls {TRAIN} {change}")
+                found["lds"][method] = lds(other / "lds")["scores"]
         (out / "study.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "study.md").write_text(table(result))
     return result
@@ -176,14 +182,16 @@ def cell(found: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Both tables, in markdown."""
-    base = result["settings"]["base"]
-    lines = ["| method | LDS |", "|---|---|", f"| MAGIC | {cell(base['lds']['scores'])} |"]
-    lines += [f"| {name} | {cell(found)} |" for name, found in base["methods"].items()]
+    compared = [result["settings"][name]["lds"] for name in COMPARED if name in result["settings"]]
+    lines = [f"| method | {' | '.join(f'LDS, {name}' for name in COMPARED)} |", "|---|---|---|"]
+    for name in ("scores", *METHODS, *CONTROLS):
+        cells = (cell(found[name]) for found in compared)
+        lines.append(f"| {'MAGIC' if name == 'scores' else name} | {' | '.join(cells)} |")
     lines += ["", "| setting | steps | loss drop | displacement | smoothness | LDS | verdict |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for name, found in result["settings"].items():
-        if found["refused"]:
-            lines.append(f"| {name} | | | | | refused: {found['refused']} | |")
+        if "steps" not in found:
+            lines.append(f"| {name} | | | | | | {found['refused']} |")
             continue
         smooth = found["metasmoothness"]["smoothness"]
         numbers = (
@@ -191,7 +199,7 @@ def table(result: dict[str, Any]) -> str:
             f"{found['loss_drop']:.2f}",
             f"{found['displacement']['relative']:.3f}",
             "-" if smooth is None else f"{smooth:.3f}",
-            cell(found["lds"]["scores"]),
+            cell(found["lds"]["scores"]) if found["lds"] else "-",
         )
         lines.append(f"| {name} | {' | '.join(numbers)} | {found['trust']['verdict']} |")
     return "\n".join(lines) + "\n"

@@ -33,8 +33,9 @@ def options_of(ctx: click.Context, run: Path) -> dict[str, Any]:
                          "shards, which cannot be walked back alike; train it again in float32 on "
                          "one")  # fmt: skip
     # Runs older than an option went without it; `attribute magic` alone has another default.
-    known = {"eps_root": 0.0} | {name: held[name] for name in OWN if name in held}
-    return {name: Path(x) if name == "rows" else x for name, x in known.items()}
+    known: dict[str, Any] = {"eps_root": 0.0}
+    known |= {name: held[name] for name in OWN if name in held}
+    return known | {"rows": Path(held["rows"])}
 
 
 def start_of(run: Path, opts: dict[str, Any]) -> Any:

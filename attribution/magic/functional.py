@@ -22,14 +22,15 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
+from attribution.magic.adjoint import zeros
 from core import model
 from core.errors import InputError
 from core.inference import batch_losses, placer
 from core.progress import Progress
 from core.rows import Batch, Plan, Rows, bucket, pad_batch, same_tokenizer
 from core.schema import Params
+from training.optim import Optim
 from training.step import Recipe
 
 Mode = Literal["mean", "each"]
@@ -182,9 +183,10 @@ def gradients(
     c's rows at a time. A row without weight in a query costs it nothing, and rows that weigh the
     same in all of them, as a control's do, are run once.
     """
-    sums = jax.tree.map(lambda leaf: _zeros(len(c_QR), leaf), params)
+    sums = jax.tree.map(lambda leaf: zeros(len(c_QR), leaf), params)
     place, every, ends = placer(), np.arange(len(c_QR)), np.cumsum([len(rows) for rows in parts])
     wide = np.promote_types(recipe.execution.compute_dtype, np.float32)
+    recipe = recipe._replace(optim=Optim(), steps=0)  # one program, however it was trained
     work: list[tuple[Rows, np.ndarray, np.ndarray]] = []
     for rows, c_QN in zip(parts, np.split(c_QR, ends[:-1], axis=1), strict=True):
         groups = [every] if (c_QN == c_QN[:1]).all() else every[:, None]
@@ -210,11 +212,3 @@ def _batches(rows: Rows, chosen: np.ndarray, batch_tokens: int) -> Iterator[Batc
         empty = np.full(max(size - len(left), 0), -1)
         yield pad_batch(rows, np.append(left[:size], empty), length)
         left = left[size:]
-
-
-def _zeros(queries: int, leaf: jax.Array) -> jax.Array:
-    """Zeros [Q, *shape of the leaf], split over devices as the leaf is."""
-    where = leaf.sharding
-    if isinstance(where, NamedSharding):
-        where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
-    return jnp.zeros((queries, *leaf.shape), leaf.dtype, device=where)

@@ -24,7 +24,7 @@ import numpy as np
 
 from attribution.magic import adjoint as adjoints
 from attribution.magic import functional as functionals
-from attribution.magic.adjoint import Adjoint, backward_step, forward_step
+from attribution.magic.adjoint import Adjoint, backward_step, forward_step, moving
 from attribution.magic.functional import Functional
 from attribution.magic.replay import Kept, Replay, SaveMode, Scheme, States, cost, size_of
 from attribution.magic.smoothness import displacement
@@ -88,6 +88,8 @@ class Walk:
         # A snapshot is written beside the one it replaces; a group's scores stay to the end.
         cells = len(course.rows) * self._row() * course.dtype.itemsize * (size + 2 * longest)
         require_space(folder, kept + 3 * size_of(start) + 2 * longest * size_of(start) + cells)
+        like = Adjoint(start.params, moving(self.recipe, start)[1])
+        self.where = jax.tree.map(adjoints.of_queries, like)
         self.states = States(self.folder / "states", settings.budget, start)
         self.replay = Replay(scheme, self.states, course.start, self._advance, needs_gradient)
 
@@ -115,8 +117,8 @@ class Walk:
         asked, tokens = self.functional.parts, self.settings.batch_tokens
         s_R = functionals.losses(self.recipe, params, self.course.frozen, asked, tokens)
         if not np.isfinite(s_R).all():
-            raise InputError(f"{asked[0].path}: a query's loss is not finite after training; "
-                             "lower --lr")  # fmt: skip
+            raise InputError(f"{asked[0].path}: a query's loss is not finite; lower --lr, or look "
+                             "at the model")  # fmt: skip
         return s_R
 
     def _advance(self, t: int, state: State) -> tuple[State, Params | None, Metrics]:
@@ -148,14 +150,15 @@ class Walk:
     def _backward(self, final: State, c_QR: np.ndarray, group: slice, weight: int) -> np.ndarray:
         """Scores of a group of queries; `weight`: what a step costs, in steps of training."""
         file = self.folder / f"scores-{group.start}.npy"
-        steps, ended = self.course.steps, group == self.groups[-1]
+        course, ended = self.course, group == self.groups[-1]
+        steps = course.steps
         if file.exists():
             self.bar.update(weight * steps)
             return read_npy(file)
         snapshot = self.folder / "adjoint.npz"
         begin, adjoint, scores = steps, None, None
         if snapshot.exists():
-            begin, adjoint, scores = self._resumed(snapshot, group, final)
+            begin, adjoint, scores = self._resumed(snapshot, group)
         if adjoint is None or scores is None:
             rows, tokens = self.functional.parts, self.settings.batch_tokens
             adjoint = adjoints.last(
@@ -175,10 +178,11 @@ class Walk:
 
         for t in reversed(range(begin)):
             state, grads = self.replay.back(t, replayed)
-            arrays = self.course.arrays(t)
+            adjoint = jax.device_put(adjoint, self.where)  # where a resumed one is put, too
             adjoint, scores_QABT = backward_step(
-                self.recipe, state, grads, adjoint, *arrays, self.course.frozen, self.course.key
-            )
+                self.recipe, state, grads, adjoint, *course.arrays(t),
+                frozen=course.frozen, key=course.key,
+            )  # fmt: skip
             if waiting is not None:  # the device is at this step already
                 self._credit(scores, *waiting)
             waiting = (self.course.batch(t), scores_QABT)
@@ -213,18 +217,14 @@ class Walk:
         with atomic(file) as stream:
             np.savez(stream, at=np.array([group.start, t]), scores=scores, **leaves)  # pyright: ignore[reportArgumentType]
 
-    def _resumed(
-        self, file: Path, group: slice, final: State
-    ) -> tuple[int, Adjoint | None, np.ndarray | None]:
+    def _resumed(self, file: Path, group: slice) -> tuple[int, Adjoint | None, np.ndarray | None]:
         """(step before which the derivative is, it, the scores of the steps from there on)."""
         arrays = read_npz(file)
         if arrays["at"][0] != group.start:
             return self.course.steps, None, None
-        params = final.params
-        zeros = adjoints.last(final, jax.tree.map(lambda x: x[None], params))
-        leaves, structure = jax.tree.flatten(zeros)
-        found = [jax.device_put(arrays[f"a{i}"], x.sharding) for i, x in enumerate(leaves)]
-        return int(arrays["at"][1]), structure.unflatten(found), arrays["scores"]
+        structure = jax.tree.structure(self.where)
+        adjoint = structure.unflatten([arrays[f"a{i}"] for i in range(structure.num_leaves)])
+        return int(arrays["at"][1]), adjoint, arrays["scores"]
 
 
 class _Due:

@@ -16,7 +16,11 @@ from core.rows import Rows, load_rows, save_rows
 # No two sizes that could be swapped by mistake are equal.
 CONFIG = ModelConfig("gpt2", 61, 40, 12, 3, 2, 20, 6)
 # As tests/conftest.py has them, for processes that tests start.
-QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+QUICK = {
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 class Tiny:

@@ -29,6 +29,7 @@ EVAL = "eval run --model model --items items.jsonl --out out".split()
 BUILD = "attribute build --model model --rows rows --projection-dim 2 --out out".split()
 SCORE = "attribute score --model model --pool rows --query query --projection-dim 2 --out out"
 SELECT = "attribute select scores --rows rows --k 2 --out out".split()
+MAGIC = "attribute magic --model model --rows rows --query query --out out".split()
 REPORT = "report spec.json --out out".split()
 BENCH = "bench attribution --out out.json".split()
 IMPORT = "convert import hf --out out".split()
@@ -113,7 +114,9 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("command", [CONTINUE, TRAIN, NLL, BUILD], ids=lambda c: " ".join(c[:2]))
+@pytest.mark.parametrize(
+    "command", [CONTINUE, TRAIN, NLL, BUILD, MAGIC], ids=lambda c: " ".join(c[:2])
+)
 @pytest.mark.parametrize("bad", BAD_ROWS)
 def test_a_bad_row_is_named(refused, bad, command):
     row, wanted = BAD_ROWS[bad]

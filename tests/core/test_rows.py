@@ -8,7 +8,15 @@ import pytest
 from core import rows as rows_module
 from core.errors import InputError
 from core.files import read_json
-from core.rows import Plan, bucket, load_rows, read_ahead, same_tokenizer, save_rows
+from core.rows import (
+    Plan,
+    TrainingBatches,
+    bucket,
+    load_rows,
+    read_ahead,
+    same_tokenizer,
+    save_rows,
+)
 from core.rows import training_batches as batches
 
 
@@ -243,3 +251,29 @@ def test_training_batches_hold_the_rows(saved):
             np.testing.assert_array_equal(batch.ids_BT[place, :n], ids[r])
             np.testing.assert_array_equal(batch.labels_BT[place, :n], labels[r])
             assert (batch.labels_BT[place, n:] == -100).all()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drawn", [8, 16, 20, 24])
+def test_training_batches_are_walked_backwards_and_end(saved, drawn, shuffle):
+    """Each epoch holds every row once; after the last row drawn come empty ones."""
+    rows, source = saved[0], TrainingBatches(saved[0], 3, 5, shuffle, drawn)
+    assert len(source) == -(-drawn // 3)
+    ahead = [source[s] for s in range(len(source))]
+    for s in reversed(range(len(source))):
+        again = TrainingBatches(rows, 3, 5, shuffle, drawn)[s]
+        for a, b in zip(ahead[s], again, strict=True):
+            np.testing.assert_array_equal(a, b)
+    order = np.concatenate([batch.rows_B for batch in ahead])
+    assert (order[:drawn] >= 0).all() and (order[drawn:] == -1).all()
+    for start in range(0, drawn, 8):
+        epoch = order[start : min(start + 8, drawn)]
+        assert len(set(epoch.tolist())) == len(epoch)
+        assert shuffle or epoch.tolist() == list(range(len(epoch)))
+    for place in np.flatnonzero(ahead[-1].rows_B < 0):
+        assert (ahead[-1].labels_BT[place] == -100).all() and not ahead[-1].ids_BT[place].any()
+    assert list(read_ahead(source, len(source))) == []
+    # An end changes nothing before it.
+    endless = TrainingBatches(rows, 3, 5, shuffle)
+    for s in range(drawn // 3):
+        np.testing.assert_array_equal(ahead[s].ids_BT, endless[s].ids_BT)

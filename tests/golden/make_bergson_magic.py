@@ -53,7 +53,7 @@ from transformers import PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models
 
 NAMES = ("gpt2", "gemma3")
-STEP, CHECKED = 1e-4, 6  # of the central differences; tokens of each variant
+STEP, CHECKED = 1e-5, 6  # of the central differences; tokens of each variant
 SGD = {
     "optimizer": "sgd",
     "adam_beta1": 0.0,  # Bergson's name for the momentum

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attribution.magic.functional import functional
+from attribution.magic import functional as functionals
+from attribution.magic.adjoint import forward_step
+from attribution.magic.functional import Mode, functional
 from attribution.magic.walk import Settings as Way
 from attribution.magic.walk import Walk
 from core import adapter, families, schema
@@ -14,11 +16,12 @@ from core.adapter import Adapter, LoraSpec
 from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
 from core.rows import Rows, load_rows, save_rows
+from core.schema import Params
 from training.course import Course
 from training.loop import Settings
 from training.optim import Optim
 
-V, T = 23, 12
+V, T = 24, 12
 CONFIGS = {
     "gpt2": ModelConfig("gpt2", V, T, 8, 2, 2, 12, 4),
     "gemma3": ModelConfig(
@@ -29,11 +32,14 @@ CONFIGS = {
         "gpt_neox", V, T, 8, 2, 2, 12, 4, activation="gelu", tied=False, rotary_dim=2
     ),
 }  # fmt: skip
-LORA = LoraSpec(2, 4.0, adapter.ALL_LINEAR)
+# With it, and batches of 3, a row is twice in the batch that goes over the first epochs' border.
+SEED = 3
 
 
 class Runs:
     """Courses over the same few rows, and their walks."""
+
+    lora = LoraSpec(2, 4.0, adapter.ALL_LINEAR, dropout=0.3)
 
     def __init__(self, folder: Path):
         self.rows = self._rows(folder / "rows", [12, 7, 12, 9, 12, 10, 5], 0)
@@ -70,25 +76,32 @@ class Runs:
         family: str,
         optim: Optim,
         lora: LoraSpec | None = None,
-        dtype: str = "float64",
         batch: int = 3,
         accumulate: int = 1,
-        epochs: int = 2,
+        drawn: int | None = None,
     ) -> Course:
-        n = epochs * len(self.rows)
-        settings = Settings(-(-n // batch), batch, accumulate, seed=3, drawn=n)
-        return Course(self.loaded(family, lora), self.rows, settings, optim, Execution(dtype))
+        """Of two epochs, in float64."""
+        n = 2 * len(self.rows) if drawn is None else drawn
+        settings = Settings(-(-n // batch), batch, accumulate, seed=SEED, drawn=n)
+        execution = Execution("float64", "scan")  # which compiles one layer
+        return Course(self.loaded(family, lora), self.rows, settings, optim, execution)
 
-    def walk(self, folder: Path, course: Course, mode: str = "mean", **way) -> Walk:
+    def walk(self, folder: Path, course: Course, mode: Mode = "mean", **way) -> Walk:
         asked = functional(self.query, mode, "nll")
+        folder.mkdir(exist_ok=True)
         return Walk(folder, course, asked, Way(**{"batch_tokens": 64, **way}))
 
-    def query_losses(self, course: Course, weights: np.ndarray, mode: str = "mean") -> np.ndarray:
-        """The queries after training with these weights."""
-        from attribution.magic import functional as functionals
+    @staticmethod
+    def trained(course: Course, weights: np.ndarray | None = None) -> Params:
+        """As `Course.train`, by the program that the walk has compiled already."""
+        state = course.start()
+        for t in range(course.steps):
+            batch = course.arrays(t, weights)
+            state, *_ = forward_step(course.recipe, state, *batch, course.frozen, course.key)
+        return state.params
 
+    def query_losses(self, course: Course, params: Params, mode: Mode = "mean") -> np.ndarray:
         asked = functional(self.query, mode, "nll")
-        params = course.train(weights).params
         s_R = functionals.losses(course.recipe, params, course.frozen, asked.parts, 64)
         return asked.of(s_R)[0]
 
