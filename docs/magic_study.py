@@ -114,10 +114,16 @@ def plain(name: str) -> str:
 
 
 def lds(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a validation found, by method."""
+    """What a validation found, by method; `values` are the queries' own."""
     found = json.loads((folder / "validation.json").read_text())
-    kept = ("estimate", "interval", "values")
-    return {line["method"]: {name: line[name] for name in kept} for line in found["table"]}
+    return {
+        line["method"]: {
+            "estimate": round(line["estimate"], 4),
+            "interval": [round(end, 4) for end in line["interval"]],
+            "values": [round(value, 4) for value in line["values"]],
+        }
+        for line in found["table"]
+    }
 
 
 def study(text: Path, gpt2: Path, out: Path) -> dict[str, Any]:
@@ -156,8 +162,13 @@ def study(text: Path, gpt2: Path, out: Path) -> dict[str, Any]:
         found: dict[str, Any] = {"change": change, "refused": refused}
         if (scores / "info.json").exists():
             info = json.loads((scores / "info.json").read_text())
-            kept = ("losses", "loss_drop", "displacement", "metasmoothness", "trust", "steps")
-            found |= {key: info[key] for key in kept}
+            found |= {
+                "steps": info["steps"],
+                "loss_drop": info["loss_drop"],
+                "displacement": info["displacement"]["relative"],
+                "smoothness": info["metasmoothness"]["smoothness"],
+                "trust": info["trust"],
+            }
         found["lds"] = {} if refused else lds(scores / "lds")
         result["settings"][name] = found
         if name in COMPARED:
@@ -170,8 +181,6 @@ def study(text: Path, gpt2: Path, out: Path) -> dict[str, Any]:
                 )
                 validated(other, count, f"--no-controls {TRAIN} {change}")
                 found["lds"][method] = lds(other / "lds")["scores"]
-        (out / "study.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "study.md").write_text(table(result))
     return result
 
 
@@ -182,7 +191,7 @@ def cell(found: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Both tables, in markdown."""
-    compared = [result["settings"][name]["lds"] for name in COMPARED if name in result["settings"]]
+    compared = [result["settings"][name]["lds"] for name in COMPARED]
     lines = [f"| method | {' | '.join(f'LDS, {name}' for name in COMPARED)} |", "|---|---|---|"]
     for name in ("scores", *METHODS, *CONTROLS):
         cells = (cell(found[name]) for found in compared)
@@ -193,11 +202,11 @@ def table(result: dict[str, Any]) -> str:
         if "steps" not in found:
             lines.append(f"| {name} | | | | | | {found['refused']} |")
             continue
-        smooth = found["metasmoothness"]["smoothness"]
+        smooth = found["smoothness"]
         numbers = (
             str(found["steps"]),
             f"{found['loss_drop']:.2f}",
-            f"{found['displacement']['relative']:.3f}",
+            f"{found['displacement']:.3f}",
             "-" if smooth is None else f"{smooth:.3f}",
             cell(found["lds"]["scores"]) if found["lds"] else "-",
         )
@@ -208,4 +217,8 @@ def table(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    print(table(study(*(Path(word).resolve() for word in sys.argv[1:]))))
+    text, gpt2, out = (Path(word).resolve() for word in sys.argv[1:])
+    result = study(text, gpt2, out)
+    (out / "study.json").write_text(json.dumps(result) + "\n")
+    (out / "study.md").write_text(table(result))
+    print(table(result))

@@ -121,6 +121,32 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+def scale_by_adam(
+    b1: float, b2: float, eps: float, eps_root: float
+) -> optax.GradientTransformation:
+    """As optax's, but differentiable also, without `eps_root`, where all gradients were zero.
+
+    That is so for every word and place that no row had: m / (sqrt(v) + eps) is m / eps there, on
+    which v has no influence, while the derivative of sqrt at 0 would make it 0 / 0.
+    """
+    plain = optax.scale_by_adam(b1, b2, eps, eps_root)
+
+    def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+        v = v + eps_root
+        root = jnp.where(v > 0, jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
+        return m / (root + eps)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = plain.update(grads, state, params)
+        m, v = (
+            optax.tree.bias_correction(x, decay, state.count)
+            for x, decay in ((state.mu, b1), (state.nu, b2))
+        )
+        return jax.tree.map(direction, m, v), state
+
+    return optax.GradientTransformation(plain.init, update)
+
+
 def build(optim: Optim, steps: int, rows: list[Row]) -> optax.GradientTransformation:
     """The optax transformation; `rows` of the parameters say what decays and what is a matrix."""
     rate = learning_rate(optim, steps)
@@ -129,7 +155,7 @@ def build(optim: Optim, steps: int, rows: list[Row]) -> optax.GradientTransforma
     if optim.name == "sgd":
         momentum = optim.momentum or None
         return optax.chain(clip, decay, optax.sgd(rate, momentum=momentum, nesterov=optim.nesterov))
-    direction = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, optim.eps_root)
+    direction = scale_by_adam(optim.b1, optim.b2, optim.eps, optim.eps_root)
     if optim.name == "muon":
         kinds: dict[str, Any] = {}
         for row in rows:

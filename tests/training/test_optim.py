@@ -5,12 +5,20 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from core import adapter, families, schema
 from core.config import ModelConfig
 from core.errors import InputError
-from training.optim import Optim, build, clip_by_global_norm, decayed, learning_rate
+from training.optim import (
+    Optim,
+    build,
+    clip_by_global_norm,
+    decayed,
+    learning_rate,
+    scale_by_adam,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 GPT2 = ModelConfig("gpt2", 50257, 1024, 768, 12, 12, 3072, 64)
@@ -164,3 +172,25 @@ def test_adamw_first_step_is_the_sign(close):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         Optim(**settings).check(10)
+
+
+@pytest.mark.parametrize("eps_root", [0.0, 1e-8])
+def test_adam_is_optax_s_and_differentiable_where_no_gradient_was(eps_root):
+    ours, theirs = (f(0.9, 0.95, 1e-8, eps_root) for f in (scale_by_adam, optax.scale_by_adam))
+    params = {"w": jnp.zeros((4, 3))}
+    state, other = ours.init(params), theirs.init(params)
+    for seed in range(3):
+        grads = {"w": jax.random.normal(jax.random.key(seed), (4, 3)).at[0].set(0)}
+        before = state
+        updates, state = ours.update(grads, state)
+        expected, other = theirs.update(grads, other)
+        jax.tree.map(np.testing.assert_array_equal, (updates, state), (expected, other))
+
+    def summed(grads):
+        return ours.update(grads, before)[0]["w"].sum()
+
+    derivative = jax.grad(summed)(grads)["w"]
+    # Where m and v are 0, the update is m / (sqrt(eps_root) + eps) to first order.
+    slope = 0.1 / (1 - 0.9**3) / (eps_root**0.5 + 1e-8)
+    assert np.isfinite(derivative).all()
+    np.testing.assert_allclose(derivative[0], slope, rtol=1e-5)
