@@ -74,8 +74,8 @@ def write_corpus(text: str, gpt2: Path, out: Path) -> None:
             articles[-1][1].append(line)
     half = len(articles) // 2
     later = [a for a in articles[half:] if len(a[1]) > PARAGRAPHS][:ARTICLES]
-    documents: dict[str, list[dict[str, str]]] = {"pool": [], "query": []}
-    documents["base"] = [{"text": text} for _, found in articles[:half] for text in found]
+    base = [{"text": text} for _, found in articles[:half] for text in found]
+    documents: dict[str, list[dict[str, str]]] = {"base": base, "pool": [], "query": []}
     for title, found in later:
         for i, text in enumerate(found[:PARAGRAPHS]):
             name = "query" if i == HELD_OUT else "pool"

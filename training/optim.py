@@ -136,8 +136,8 @@ def scale_by_adam(
         root = jnp.where(v > 0, jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
         return m / (root + eps)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        _, state = plain.update(grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = plain.update(updates, state, params)
         m, v = (
             optax.tree.bias_correction(x, decay, state.count)
             for x, decay in ((state.mu, b1), (state.nu, b2))

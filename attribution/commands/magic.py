@@ -48,10 +48,10 @@ def course_of(opts: dict[str, Any], loaded: Any, rows: Any, replayed: bool = Fal
     if held and held.spec.dropout:
         click.echo("--lora-dropout: the scores will be about one draw of its masks, which "
                    "retraining does not repeat; they may predict nothing", err=True)  # fmt: skip
-    if optim.name != "sgd" and not optim.eps_root:
-        click.echo(f"--eps-root 0 with {optim.name}: the derivative of 1 / sqrt(v) is unbounded "
-                   "where a gradient is near 0, so scores may overflow or be noise; 1e-8 to 1e-6 "
-                   "make the steps smooth", err=True)  # fmt: skip
+    if optim.name == "adamw" and not optim.eps_root:
+        click.echo("--eps-root 0: the derivative of 1 / sqrt(v) is nearly unbounded where v is "
+                   "near 0, so scores predict retraining worse and may overflow; 1e-8 to 1e-6 make "
+                   "the steps smooth", err=True)  # fmt: skip
     return Course(loaded._replace(adapter=held), rows, settings, optim, execution(opts))
 
 

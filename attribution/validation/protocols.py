@@ -16,6 +16,7 @@ linear response (MAGIC, arXiv 2504.16430), 50 % with several seeds the average m
 proponents by size here (`attribution.validation.scores`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -96,11 +97,9 @@ def mean_line(
 ) -> Line:
     """Weighted mean over the queries that have a value, with a bootstrap over them."""
     known = np.array([i for i, value in enumerate(values_Q) if value is not None], np.int64)
-    values_K = np.array([values_Q[i] for i in known], np.float64)
-    share_K = share_Q[known]
 
-    def mean(chosen: np.ndarray) -> float:
-        return float(values_K[chosen] @ share_K[chosen] / share_K[chosen].sum())
+    def mean(chosen: np.ndarray) -> float | None:
+        return _mean(values_Q, share_Q, known[chosen])
 
     if not len(known):
         return Line(method, statistic, None, None, list(values_Q))
@@ -109,33 +108,56 @@ def mean_line(
 
 
 def lds(problem: Problem, fraction: float, count: int) -> Result:
-    """Linear datamodeling score over `count` random subsets without `fraction` of the units."""
+    """Linear datamodeling score over `count` random subsets without `fraction` of the units.
+
+    Queries are asked about the same retrains, so the interval is of both drawn anew.
+    """
     n, columns = problem.shape
     sets = problem.random_sets(removed(fraction, n), count)
     losses_MQ = problem.retrain([problem.without(s) for s in (NOTHING, *sets)])
     base_Q, increase_MQ = losses_MQ[0], losses_MQ[1:] - losses_MQ[0]
     together_M = increase_MQ @ problem.share_Q
     increase_MC = together_M[:, None] if columns == 1 else increase_MQ
+    share_C = np.ones(1) if columns == 1 else problem.share_Q
     lines, points = [], {}
     for name, scores_NC in problem.methods.items():
         predicted_MC = np.stack([scores_NC[s].sum(0) for s in sets])
         points[name] = predicted_MC.mean(1)
-        rho_C = [ranks.spearman(predicted_MC[:, c], increase_MC[:, c]) for c in range(columns)]
-        if columns > 1:
-            lines.append(mean_line(name, "lds", rho_C, problem.share_Q, problem.seed))
-            continue
+        rhos = functools.partial(_rhos, predicted_MC, increase_MC)
+        random = np.random.default_rng([problem.seed, 3])
 
-        def rho(chosen: np.ndarray, predicted_M: np.ndarray = predicted_MC[:, 0]) -> float | None:
-            return ranks.spearman(predicted_M[chosen], together_M[chosen])
+        def mean(chosen_M: np.ndarray, rhos: Any = rhos, random: Any = random) -> float | None:
+            return _mean(rhos(chosen_M), share_C, random.integers(0, columns, columns))
 
-        interval = ranks.bootstrap(rho, count, problem.seed)
-        lines.append(Line(name, "lds", rho_C[0], interval, rho_C))
+        rho_C = rhos(np.arange(count))
+        estimate = _mean(rho_C, share_C, np.arange(columns))
+        interval = None if estimate is None else ranks.bootstrap(mean, count, problem.seed)
+        lines.append(Line(name, "lds", estimate, interval, rho_C))
     details = {
         "base_losses": base_Q,
         "points": {"measured": together_M, "predicted": points},
     }
     subsets = [{"name": f"random {m}", "removed": s} for m, s in enumerate(sets)]
     return Result(lines, details, subsets)
+
+
+def _rhos(
+    predicted_MC: np.ndarray, increase_MC: np.ndarray, chosen_M: np.ndarray
+) -> list[float | None]:
+    """Rank correlation of every column over the chosen retrains."""
+    columns = range(predicted_MC.shape[1])
+    return [ranks.spearman(predicted_MC[chosen_M, c], increase_MC[chosen_M, c]) for c in columns]
+
+
+def _mean(
+    values_C: Sequence[float | None], share_C: np.ndarray, chosen: np.ndarray
+) -> float | None:
+    """Weighted mean of the chosen values that there are."""
+    known = [c for c in chosen if values_C[c] is not None]
+    share_K = share_C[known]
+    return (
+        float(np.array([values_C[c] for c in known]) @ share_K / share_K.sum()) if known else None
+    )
 
 
 def tail(problem: Problem, fractions: Sequence[float], count: int) -> Result:

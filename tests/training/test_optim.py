@@ -1,6 +1,7 @@
 """Schedules by table, where weight decay falls, and the optimizers' arithmetic."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,8 @@ def test_adam_is_optax_s_and_differentiable_where_no_gradient_was(eps_root):
         jax.tree.map(np.testing.assert_array_equal, (updates, state), (expected, other))
 
     def summed(grads):
-        return ours.update(grads, before)[0]["w"].sum()
+        found: Any = ours.update(grads, before)[0]
+        return found["w"].sum()
 
     derivative = jax.grad(summed)(grads)["w"]
     # Where m and v are 0, the update is m / (sqrt(eps_root) + eps) to first order.

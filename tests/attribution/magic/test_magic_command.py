@@ -207,11 +207,10 @@ def test_no_eps_root_is_warned_of(run, tmp_path, monkeypatch):
         raise InputError("enough")
 
     monkeypatch.setattr(Walk, "__init__", enough)
-    for name in ("adamw", "muon"):
-        options = [tmp_path / "out", "--optimizer", name, "--eps-root"]
-        code, _, error = run(*options, "0")
-        assert code == 2 and f"--eps-root 0 with {name}: the derivative of 1 / sqrt(v)" in error
-        assert "sqrt(v)" not in run(*options, "1e-8")[2]
+    options = [tmp_path / "out", "--optimizer", "adamw", "--eps-root"]
+    code, _, error = run(*options, "0")
+    assert code == 2 and "--eps-root 0: the derivative of 1 / sqrt(v)" in error
+    assert "sqrt(v)" not in run(*options, "1e-8")[2]
     assert "sqrt(v)" not in run(tmp_path / "out", "--eps-root", "0")[2]
     lora = ["--lora-rank", "2", "--lora-dropout", "0.1"]
     assert "one draw of its masks" in run(tmp_path / "out", *lora)[2]

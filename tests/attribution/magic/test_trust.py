@@ -16,10 +16,11 @@ def test_a_sound_run_is_trusted():
     "change, verdict, words",
     [
         ({"finite": False}, "not to be trusted", ["not finite", "--eps-root 1e-06", "100 steps"]),
-        ({"smoothness": 0.8996}, "not to be trusted", ["Metasmoothness is 0.90, below 0.9"]),
+        ({"smoothness": 0.8996}, "not to be trusted", ["Metasmoothness is 0.90, below 0.9:"]),
+        ({"smoothness": 0.9}, "doubtful", ["Metasmoothness is 0.90, below 0.95", "roughly"]),
         ({"dtype": "bfloat16"}, "not to be trusted", ["--dtype float32"]),
-        ({"eps_root": 0.0}, "doubtful", ["1 / sqrt(v) is unbounded", "set --eps-root"]),
-        ({"optimizer": "muon", "eps_root": 0.0}, "doubtful", ["1 / sqrt(v)"]),
+        ({"eps_root": 0.0}, "doubtful", ["--eps-root 0", "nearly unbounded", "1e-8 to 1e-6"]),
+        ({"eps_root": 1e-17}, "doubtful", ["--eps-root 1e-17"]),
         ({"smoothness": None}, "doubtful", ["not measured", "attribute metasmoothness"]),
         ({"loss_drop": 0.0099}, "doubtful", ["barely trained", "0.0099 nats", "--eps-root 1e-06"]),
         ({"loss_drop": 0.0}, "doubtful", ["barely trained"]),
@@ -37,10 +38,21 @@ def test_each_reason_by_itself(change, verdict, words):
 
 
 @pytest.mark.parametrize(
-    "change", [{"smoothness": 0.9}, {"loss_drop": 0.01}, {"displacement": 1e-4}, {"replay": 0.01}]
+    "change",
+    [
+        {"smoothness": 0.95},
+        {"eps_root": 1e-10},
+        {"loss_drop": 0.01},
+        {"displacement": 1e-4},
+        {"replay": 0.01},
+    ],
 )
 def test_on_a_threshold_there_is_no_reason(change):
     assert trust(SOUND._replace(**change)).reasons == []
+
+
+def test_muons_few_vectors_need_no_eps_root():
+    assert trust(SOUND._replace(optimizer="muon", eps_root=0.0)).reasons == []
 
 
 def test_eps_root_is_no_matter_of_sgd():
@@ -60,7 +72,7 @@ def test_the_worst_reason_comes_first_and_decides():
 
 def test_smoothness_in_words():
     assert "as MAGIC's scores need" in smoothness_in_words(0.9)
-    assert "will not predict" in smoothness_in_words(0.899)
+    assert "predict retraining badly" in smoothness_in_words(0.899)
     for help in ("--eps-root", "--batch", "--lr", "fewer steps"):
         assert help in smoothness_in_words(0.5)
     assert "not finite" in smoothness_in_words(None)
