@@ -120,7 +120,10 @@ def _compiled(name: str, recipe: Recipe, shapes: Shapes) -> list[Any]:
     state, grads, batch = shapes
     if name == "train":
         return [steps.train_step.lower(recipe, state, *batch).compile()]
-    adjoint = jax.eval_shape(lambda state: _adjoint(state, _queries(name)), state)
+    of_state = Adjoint(state.params, adjoints.moving(recipe, state)[1])
+    adjoint = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((_queries(name), *x.shape), x.dtype), of_state
+    )
     if name.startswith("reverse"):
         plain = jax.jit(reverse_step, static_argnums=0, donate_argnums=2)
         return [plain.lower(recipe, state, adjoint, *batch).compile()]

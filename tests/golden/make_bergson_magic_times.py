@@ -159,9 +159,11 @@ def ours(folder: Path, optimizer: str, run: Path, memory: Memory) -> Callable[[]
         memory.loaded()
         train, query = (load_rows(folder / split) for split in ("train", "query"))
         settings = Settings(len(train) // BATCH, BATCH)
-        course = Course(loaded, train, settings, optim, Execution())
+        lean = Execution(layers="scan", remat=True)
+        course = Course(loaded, train, settings, optim, lean)
         run.mkdir()
-        Walk(run, course, functional(query, "mean", "nll"), Way(save_mode="sqrt")).go()
+        way = Way(save_mode="sqrt", budget=0)  # states on disk, as Bergson has them
+        Walk(run, course, functional(query, "mean", "nll"), way).go()
 
     return work
 
