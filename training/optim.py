@@ -133,7 +133,8 @@ def scale_by_adam(
 
     def direction(m: jax.Array, v: jax.Array) -> jax.Array:
         v = v + eps_root
-        root = jnp.where(v > 0, jnp.sqrt(jnp.where(v > 0, v, 1)), 0)
+        counts = v >= jnp.finfo(v.dtype).tiny  # below, sqrt(v) is nothing beside eps
+        root = jnp.where(counts, jnp.sqrt(jnp.where(counts, v, 1)), 0)
         return m / (root + eps)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
