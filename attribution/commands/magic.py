@@ -163,4 +163,4 @@ def magic(ctx: click.Context, **opts: Any) -> None:
             shown["difference_to_run"] = about["replay"]["difference"]
         if smooth and smooth["smoothness"] is not None:
             shown["metasmoothness"] = smooth["smoothness"]
-        show(run.path, shown | {"verdict": info["trust"]["verdict"].replace(" ", "_")})
+        show(run.path, shown | {"verdict": info["trust"]["verdict"]})

@@ -10,6 +10,7 @@ import pytest
 from attribution.commands.magic import magic
 from attribution.commands.select import select
 from attribution.magic.walk import Walk
+from cli import cli
 from core.checkpoint import load_model, save_model
 from core.command import Door, Group
 from core.config import Execution
@@ -255,3 +256,32 @@ def test_states_larger_than_the_disk_are_refused(run, tmp_path, monkeypatch):
     assert code == 2 and "GB and its disk has" in error and not (tmp_path / "out").exists()
     with pytest.raises(TypeError):  # past all checks
         run(tmp_path / "out", *options)
+
+
+def test_a_finished_run_is_walked_back(run, world, tmp_path):
+    """As it was: its rows in its order, its optimizer, and the end that it had."""
+    shutil.copytree(world / "plain", tmp_path / "rows")
+    line = ["train", "lm", "--model", world / "model", "--rows", tmp_path / "rows", "--lr", 0.1,
+            "--optimizer", "sgd", "--clip", 0, "--schedule", "constant", "--batch", 3, "--steps", 4,
+            "--layers", "scan", "--out", tmp_path / "trained"]  # fmt: skip
+    trained = click.testing.CliRunner().invoke(cli, [str(part) for part in line])
+    assert trained.exit_code == 0, trained.output
+    line = ["magic", "--run", tmp_path / "trained", "--query", world / "query", "--batch-tokens",
+            64, "--no-metasmoothness", "--out"]  # fmt: skip
+    assert run.invoke([*line, tmp_path / "back"])[0] == 0
+    info = read_json(tmp_path / "back" / "info.json")
+    assert info["replay"]["difference"] < 1e-6 and info["steps"] == 4
+    assert info["training"]["optim"]["lr"] == 0.1 and info["training"]["settings"]["drawn"] is None
+    losses = [
+        [line["loss"] for line in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("trained", "back")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    code, _, error = run.invoke([*line, tmp_path / "other", "--lr", 0.2])
+    assert code == 2 and "leave --lr out" in error
+    shutil.rmtree(tmp_path / "rows")
+    shutil.copytree(world / "query", tmp_path / "rows")
+    code, _, error = run.invoke([*line, tmp_path / "other"])
+    assert code == 2 and "has changed since" in error and not (tmp_path / "other").exists()
+    code, _, error = run.invoke([*line, tmp_path / "other", "--run", tmp_path / "back"])
+    assert code == 2 and "no finished run of `train lm`" in error
