@@ -80,9 +80,12 @@ bench_group = group("bench", "Speed and memory, as ratios measured in one run.")
 def load_rows(path: Path, loaded: Any) -> Any:
     """Rows that fit the model, made with its tokenizer where both are known."""
     import tokenizers
-    from core.rows import load_rows
+    from core.files import read_json
+    from core.rows import SIDECAR, load_rows
 
-    mark = tokenizers.load(loaded.tokenizer).fingerprint if loaded.tokenizer else None
+    side = path / SIDECAR
+    recorded = loaded.tokenizer and side.exists() and read_json(side).get("tokenizer")
+    mark = tokenizers.load(loaded.tokenizer).fingerprint if recorded else None
     return load_rows(path, loaded.config.vocab_size, loaded.config.context, mark)
 
 
@@ -103,6 +106,17 @@ def load_tokenizer(name: str | None, loaded: Any = None) -> Any:
     return tokenizer
 
 
+def own_tokenizer(loaded: Any) -> Any:
+    """The model's own, or None: one of another kind costs no more than the texts of a report."""
+    from tokenizers import TokenizerError
+
+    try:
+        return load_tokenizer(None, loaded) if loaded.tokenizer else None
+    except TokenizerError as error:
+        click.echo(f"{tidy(str(error))}; the report will show no text", err=True)
+        return None
+
+
 def write_page(folder: Path) -> None:
     """The report of a folder of scores, beside them."""
     from evals.report import write_page
@@ -119,7 +133,7 @@ def page_of(folder: Path) -> dict[str, Any]:
 
 
 def door() -> Door:
-    return Door(load_rows, load_tokenizer, write_page)
+    return Door(load_rows, load_tokenizer, own_tokenizer, write_page)
 
 
 # ------------------------------------------------------------------------------------- convert

@@ -64,11 +64,13 @@ class Door(NamedTuple):
     """What the door hands to commands (`click.pass_obj`) of rooms that may not import `tokenizers`.
 
     rows: (path, loaded model) -> rows that fit it. tokenizer: (name or None, loaded model) -> the
-    tokenizer of that name or the model's own. page: scores folder -> `report.html` in it.
+    tokenizer of that name or the model's own. own: loaded model -> its tokenizer, None if it has
+    none that is known here. page: scores folder -> `report.html` in it.
     """
 
     rows: Callable[[Path, Any], Any]
     tokenizer: Callable[[str | None, Any], Any]
+    own: Callable[[Any], Any] = lambda loaded: None
     page: Callable[[Path], Any] = lambda folder: None
 
 

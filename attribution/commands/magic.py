@@ -126,7 +126,8 @@ def magic(ctx: click.Context, **opts: Any) -> None:
             opts["target"], opts["query_batch"], opts["save_mode"], opts["save_every"],
             int(opts["memory_gb"] * 1e9), opts["batch_tokens"],
         )  # fmt: skip
-        tokenizer = door.tokenizer(None, loaded) if loaded.tokenizer else None
+        tokenizer = door.own(loaded)
+        loaded = loaded if tokenizer else loaded._replace(tokenizer=None)
         course = course_of(opts, loaded, rows, past is not None)
         way = walk.Walk(run.path, course, asked, settings)
         run.inputs(
