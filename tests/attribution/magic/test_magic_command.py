@@ -15,7 +15,7 @@ from core.checkpoint import load_model, save_model
 from core.command import Door, Group
 from core.config import Execution
 from core.errors import InputError
-from core.files import read_json, read_jsonl, read_npy
+from core.files import read_json, read_jsonl, read_npy, write_json
 from core.inference import batch_losses
 from core.rows import Plan, load_rows, save_rows
 
@@ -285,3 +285,19 @@ def test_a_finished_run_is_walked_back(run, world, tmp_path):
     assert code == 2 and "has changed since" in error and not (tmp_path / "other").exists()
     code, _, error = run.invoke([*line, tmp_path / "other", "--run", tmp_path / "back"])
     assert code == 2 and "no finished run of `train lm`" in error
+
+
+def test_a_tokenizer_of_another_kind_costs_the_texts_alone(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    write_json(tmp_path / "model" / "tokenizer" / "tokenizer.json", words)
+    for name in ("plain", "query"):
+        rows = load_rows(world / name)
+        save_rows(tmp_path / name, [rows.ids(i) for i in range(len(rows))])
+    line = ["attribute", "magic", "--model", tmp_path / "model", "--rows", tmp_path / "plain",
+            "--query", tmp_path / "query", "--out", tmp_path / "out", *PLAIN]  # fmt: skip
+    result = click.testing.CliRunner().invoke(cli, [str(part) for part in line])
+    assert result.exit_code == 0, result.output
+    assert "WordLevel" in result.stderr and "show no text" in result.stderr
+    assert read_json(tmp_path / "out" / "info.json")["tokenizer"] is None
+    assert (tmp_path / "out" / "report.html").exists()
