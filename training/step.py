@@ -165,15 +165,7 @@ def step(
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("state",))
-def train_step(
-    recipe: Recipe,
-    state: State,
-    ids_ABT: jax.Array,
-    labels_ABT: jax.Array,
-    weights_ABT: jax.Array,
-    frozen: Params | None = None,
-    key: jax.Array | None = None,
-) -> tuple[State, Metrics]:
-    """`step`, compiled, in place of the state it is given."""
-    state, _, metrics = step(recipe, state, ids_ABT, labels_ABT, weights_ABT, frozen, key)
+def train_step(recipe: Recipe, state: State, *given: Any) -> tuple[State, Metrics]:
+    """`step`, compiled, in place of the state; given: as there, from the ids on."""
+    state, _, metrics = step(recipe, state, *given)
     return state, metrics

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from core import model
 from core.schema import Params
 from training.step import (
+    Metrics,
     Recipe,
     State,
     dropout_key,
@@ -71,41 +72,23 @@ def last(state: State, gradients: Params) -> Adjoint:
 
 @functools.partial(jax.jit, static_argnames=("recipe",))
 @model.full_precision
-def forward_step(
-    recipe: Recipe,
-    state: State,
-    ids_ABT: jax.Array,
-    labels_ABT: jax.Array,
-    weights_ABT: jax.Array,
-    frozen: Params | None = None,
-    key: jax.Array | None = None,
-) -> tuple[State, Params | None, Any]:
-    """`training.step.step` that leaves its state alone; the gradient where `backward_step` needs
-    it."""
-    state, grads, metrics = step(recipe, state, ids_ABT, labels_ABT, weights_ABT, frozen, key)
+def forward_step(recipe: Recipe, state: State, *given: Any) -> tuple[State, Params | None, Metrics]:
+    """`training.step.step`, with its gradient where `backward_step` needs it; leaves its state."""
+    state, grads, metrics = step(recipe, state, *given)
     return state, None if recipe.optim.linear else grads, metrics
 
 
 def backward_step(
-    recipe: Recipe,
-    state: State,
-    grads: Params | None,
-    adjoint: Adjoint,
-    ids_ABT: jax.Array,
-    labels_ABT: jax.Array,
-    weights_ABT: jax.Array,
-    frozen: Params | None = None,
-    key: jax.Array | None = None,
+    recipe: Recipe, state: State, grads: Params | None, adjoint: Adjoint, *given: Any
 ) -> tuple[Adjoint, jax.Array]:
     """(derivatives in the state before the step, scores [Q,A,B,T]), label-aligned.
 
     state, grads: before the step, and its gradient (`forward_step`). adjoint: after the step; its
-    memory is taken. Two programs, as XLA would hold what each needs throughout the other.
+    memory is taken. given: as for `training.step.step`, from the ids on. Two programs, as XLA would
+    hold what each needs throughout the other.
     """
     adjoint, u = through_update(recipe, state, grads, adjoint)
-    return through_gradient(
-        recipe, state, adjoint, u, ids_ABT, labels_ABT, weights_ABT, frozen, key
-    )
+    return through_gradient(recipe, state, adjoint, u, *given)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe",), donate_argnames=("adjoint",))

@@ -181,7 +181,7 @@ class Walk:
             adjoint = jax.device_put(adjoint, self.where)  # where a resumed one is put, too
             adjoint, scores_QABT = backward_step(
                 self.recipe, state, grads, adjoint, *course.arrays(t),
-                frozen=course.frozen, key=course.key,
+                course.frozen, course.key,
             )  # fmt: skip
             if waiting is not None:  # the device is at this step already
                 self._credit(scores, *waiting)
