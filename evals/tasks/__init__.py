@@ -1,1 +1,1 @@
-"""The room for benchmark tasks, one declarative file each; empty for now."""
+"""Benchmarks, a declarative file for each or for a family of them; `evals.catalogue` reads them."""
