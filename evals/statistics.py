@@ -13,6 +13,7 @@ Dimension key: S seeds, I items, R resamples in a block, N chunks.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,27 @@ def paired_bootstrap(difference_SI: np.ndarray, resamples: int = 10_000, seed: i
     give that arm's own interval. With one seed the interval covers the choice of items only.
     The same data, `resamples` and `seed` give the same interval, bit for bit.
     """
+    return paired_test(difference_SI, resamples, seed)[0]
+
+
+def paired_test(
+    difference_SI: np.ndarray, resamples: int = 10_000, seed: int = 0
+) -> tuple[Interval, float]:
+    """The interval of `paired_bootstrap` and, of the same resamples, a two-sided p-value.
+
+    p tells how far out among the resampled means zero lies; it agrees with the interval and is at
+    least 2 / (resamples + 1) (Davison & Hinkley, "Bootstrap Methods and their Application", 1997).
+    Nor is it below 2 / 2^items, what as many equal signs show: few items resample too well.
+    """
+    means_R = _resampled_means(difference_SI, resamples, seed)
+    low, high = np.quantile(means_R, (0.025, 0.975))
+    beyond = min((means_R <= 0).sum(), (means_R >= 0).sum())
+    least = 0.5 ** np.shape(difference_SI)[1]
+    p = min(1.0, 2 * max(float(beyond + 1) / (resamples + 1), least))
+    return Interval(float(np.mean(difference_SI, dtype=np.float64)), float(low), float(high)), p
+
+
+def _resampled_means(difference_SI: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     difference_SI = np.asarray(difference_SI, np.float64)
     if difference_SI.ndim != 2 or difference_SI.size == 0:
         raise ValueError(f"expected differences [seeds, items], got shape {difference_SI.shape}")
@@ -58,8 +80,7 @@ def paired_bootstrap(difference_SI: np.ndarray, resamples: int = 10_000, seed: i
         seeds_RS = _resampled_counts(rng, n, n_seeds)
         items_RI = _resampled_counts(rng, n, n_items)
         means.append(np.einsum("RI,RI->R", seeds_RS @ difference_SI, items_RI))
-    low, high = np.quantile(np.concatenate(means) / difference_SI.size, (0.025, 0.975))
-    return Interval(float(difference_SI.mean()), float(low), float(high))
+    return np.concatenate(means) / difference_SI.size
 
 
 def _resampled_counts(rng: np.random.Generator, resamples: int, n: int) -> np.ndarray:
@@ -68,6 +89,44 @@ def _resampled_counts(rng: np.random.Generator, resamples: int, n: int) -> np.nd
     drawn_RN += n * np.arange(resamples)[:, None]
     counts = np.bincount(drawn_RN.ravel(), minlength=resamples * n)
     return counts.reshape(resamples, n).astype(np.float64)
+
+
+def mcnemar(a_only: int, b_only: int) -> float:
+    """Exact two-sided p that A and B are right equally often (McNemar, 1947).
+
+    Of the items that only one of them has right, each side has half by chance: a binomial test.
+    Items are taken as independent, so those of several seeds must not be added up.
+    """
+    n = a_only + b_only
+    ways = tail = 1
+    for k in range(min(a_only, b_only)):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**n)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for testing all of them: the chance of any false finding is kept.
+
+    The k-th smallest of n, from 0, times n - k, and no less than those before it (Holm, "A simple
+    sequentially rejective multiple test procedure", 1979). Valid however the tests depend.
+    """
+    adjusted, least = [0.0] * len(p), 0.0
+    for k, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        least = adjusted[i] = max(least, min(1.0, (len(p) - k) * p[i]))
+    return adjusted
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of `n` items (Wilson, 1927).
+
+    Unlike the bootstrap it is not empty at 0 and 1, and it covers as often as it says for small n
+    (Brown, Cai & DasGupta, "Interval Estimation for a Binomial Proportion", 2001).
+    """
+    z = 1.959963984540054
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def recall_curve(relevant_N: np.ndarray) -> np.ndarray:

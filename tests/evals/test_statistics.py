@@ -8,11 +8,15 @@ import pytest
 
 from evals.statistics import (
     Interval,
+    holm,
+    mcnemar,
     mean_stderr,
     paired_bootstrap,
+    paired_test,
     ranking_auc,
     recall_at_k,
     recall_curve,
+    wilson,
 )
 
 
@@ -93,6 +97,48 @@ def test_wrong_shapes_are_refused(bad):
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite"):
         paired_bootstrap(np.array([[1.0, np.nan]]))
+
+
+def test_p_agrees_with_the_interval_and_is_uniform_without_a_difference():
+    rng = np.random.default_rng(4)
+    found = [paired_test(rng.normal(size=(1, 60)), 400, seed=trial) for trial in range(300)]
+    for interval, p in found:
+        if not 0.04 < p < 0.06:
+            assert (p < 0.05) == (interval.low > 0 or interval.high < 0)
+    for level in (0.1, 0.5, 0.9):  # within three standard errors
+        share = np.mean([p <= level for _, p in found])
+        assert abs(share - level) < 3 * math.sqrt(level * (1 - level) / 300) + 0.01
+
+
+def test_p_is_never_more_certain_than_the_data_allow():
+    assert paired_test(np.ones((1, 50)), 999)[1] == 2 / 1000
+    assert paired_test(np.ones((1, 5)), 999)[1] == 2 / 2**5
+    assert paired_test(np.zeros((2, 50)), 999)[1] == 1
+
+
+def test_mcnemar_is_the_binomial_test():
+    assert mcnemar(10, 2) == mcnemar(2, 10) == 0.03857421875
+    assert mcnemar(0, 0) == mcnemar(3, 3) == mcnemar(1, 0) == 1
+    assert mcnemar(5, 0) == 2 / 2**5
+    for b in range(8):  # every way in which 7 discordant items may fall
+        ways = [sum(side) for side in itertools.product((0, 1), repeat=7)]
+        extreme = sum(abs(way - 3.5) >= abs(b - 3.5) for way in ways)
+        assert mcnemar(b, 7 - b) == extreme / len(ways)
+    assert 0 < mcnemar(4900, 5142) < 0.02
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == [0.03, 0.06, 0.06, 0.02]
+    assert holm([0.6, 0.5]) == [1, 1]
+    assert holm([0.3]) == [0.3] and holm([]) == []
+
+
+def test_wilson_interval():
+    # 9 of 10: (p + z^2/2n -+ z sqrt(pq/n + z^2/4n^2)) / (1 + z^2/n), worked out with z = 1.96
+    assert wilson(0.9, 10) == pytest.approx((0.5958500, 0.9821238), abs=1e-6)
+    low, high = wilson(0, 20)
+    assert low == 0 and high == pytest.approx(1.959964**2 / (20 + 1.959964**2), rel=1e-6)
+    assert wilson(1, 20) == pytest.approx((1 - high, 1))
 
 
 def test_recall_curve_counts_what_was_found():
