@@ -26,12 +26,17 @@ def key(content: bytes, *made_by: Path) -> str:
     return digest.hexdigest()
 
 
+def folder() -> Path | None:
+    """Where caches of all kinds lie; None: nowhere."""
+    named = os.environ.get("TAPROOT_CACHE")
+    if named is not None:
+        return Path(named) if named else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "taproot"
+
+
 def path_of(key: str) -> Path | None:
-    folder = os.environ.get("TAPROOT_CACHE")
-    if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(base, "taproot")
-    return Path(folder) / "tokenizers" / f"{key}.npz" if folder else None
+    base = folder()
+    return base / "tokenizers" / f"{key}.npz" if base else None
 
 
 def read(key: str) -> dict[str, np.ndarray] | None:
