@@ -6,7 +6,7 @@ A choice carries the blank that joins it to the context, as in " 12".
 Context and choice are tokenised together, as a model meets them in running text, and cut where the
 context alone would end. Blanks at the end of the context move to the choice first, because most
 tokenizers put a blank at the start of the next token (the rules of lm-evaluation-harness 0.4.13,
-`TemplateLM._encode_pair`).
+`TemplateLM._encode_pair`). A whole text is scored in windows (its `loglikelihood_rolling`).
 """
 
 import json
@@ -103,31 +103,62 @@ class Prompt(NamedTuple):
     alone: bool = False
 
 
-def tokenise(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> list[Prompt]:
-    """One prompt for each continuation of a context.
+def encode(tokenizer: Tokenizer, text: str, add_bos: bool | None = None) -> np.ndarray:
+    """int32 [T]: the ids of a text, after BOS if the tokenizer asks for it.
 
-    Text that spells a control token is that token, so rendered chat templates work. BOS comes first
-    if the tokenizer asks for it and the text does not begin with it. An empty context stands for a
-    lone BOS (or EOS), since the first token must be predicted from something. A continuation that
-    merges into the context's last token would be left without tokens, so it is tokenised alone.
+    Text that spells a control token is that token, so rendered chat templates work, and a text that
+    begins with BOS gets no second one. add_bos: whether BOS comes first, whatever the tokenizer
+    says; InputError if it has none.
+    """
+    ids = tokenizer.encode(text, special=True)
+    if add_bos and tokenizer.bos is None:
+        raise InputError(f"tokenizer {tokenizer.name} has no BOS to add; leave --add-bos out")
+    if tokenizer.bos is None or not (tokenizer.add_bos if add_bos is None else add_bos):
+        return ids
+    return _after(tokenizer.bos, ids)
+
+
+def _after(first: int, ids: np.ndarray) -> np.ndarray:
+    """The ids after `first`, which is not put there twice."""
+    if len(ids) and ids[0] == first:
+        return ids
+    return np.concatenate([np.array([first], np.int32), ids])
+
+
+def _beginning(tokenizer: Tokenizer) -> int:
+    """BOS or EOS, what a first token is predicted from."""
+    first = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
+    if first is None:
+        raise InputError(f"tokenizer {tokenizer.name} has neither BOS nor EOS to stand for an "
+                         "empty context; give every item a context")  # fmt: skip
+    return first
+
+
+def tokenise(
+    tokenizer: Tokenizer,
+    context: str,
+    continuations: Sequence[str],
+    add_bos: bool | None = None,
+) -> list[Prompt]:
+    """One prompt for each continuation of a context; see `encode` for BOS.
+
+    An empty context stands for a lone BOS (or EOS), whatever add_bos says, since the first token
+    must be predicted from something. A continuation that merges into the context's last token would
+    be left without tokens, so it is tokenised alone.
     """
     words = context.rstrip()
     blanks = context[len(words) :]
-    first = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
-    begin = np.array([] if first is None else [first], np.int32)
-    if not words and first is None:
-        raise InputError(f"tokenizer {tokenizer.name} has neither BOS nor EOS to stand for an "
-                         "empty context; give every item a context")  # fmt: skip
+    first = None if words else _beginning(tokenizer)
 
-    def encode(text: str) -> np.ndarray:
-        ids = tokenizer.encode(text, special=True)
-        wanted = (tokenizer.add_bos or not words) and not np.array_equal(ids[:1], begin)
-        return np.concatenate([begin, ids]) if wanted else ids
+    def begun(text: str) -> np.ndarray:
+        if first is None:
+            return encode(tokenizer, text, add_bos)
+        return _after(first, tokenizer.encode(text, special=True))
 
-    context_ids = encode(words)
+    context_ids = begun(words)
     prompts = []
     for continuation in continuations:
-        tail = encode(words + blanks + continuation)[len(context_ids) :]
+        tail = begun(words + blanks + continuation)[len(context_ids) :]
         alone = not len(tail)
         if alone:
             tail = tokenizer.encode(blanks + continuation, special=True)
@@ -135,12 +166,50 @@ def tokenise(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -
     return prompts
 
 
-def keep_last(prompt: Prompt, size: int, item: Item) -> Prompt:
+def rolling(
+    tokenizer: Tokenizer, text: str, length: int, add_bos: bool | None = None
+) -> list[Prompt]:
+    """A text in windows that predict each of its tokens once, none for an empty text.
+
+    Windows follow each other and predict `length` tokens from one token before them; the last takes
+    as much of the text before it as fits. The first begins with BOS (or EOS), and if `encode` put a
+    BOS into the text too, that one is predicted: the harness's numbers are with two of them.
+    """
+    if not text:
+        return []
+    ids = encode(tokenizer, text, add_bos)
+    prompts = [Prompt(np.concatenate([[_beginning(tokenizer)], ids[:length]], dtype=np.int32), 1)]
+    for at in range(length, len(ids), length):
+        end = min(at + length, len(ids))
+        begin = end - length - 1
+        prompts.append(Prompt(ids[begin:end], at - begin))
+    return prompts
+
+
+class Context(NamedTuple):
+    """What a text is generated from; `cut` tokens before `ids` did not fit."""
+
+    ids: np.ndarray
+    cut: int
+
+
+def read_context(
+    tokenizer: Tokenizer, text: str, room: int, add_bos: bool | None = None
+) -> Context:
+    """The last `room` >= 1 tokens of a text (see `encode`); an empty one is a lone BOS (or EOS)."""
+    ids = encode(tokenizer, text, add_bos)
+    if not len(ids):
+        ids = np.array([_beginning(tokenizer)], np.int32)
+    cut = max(len(ids) - room, 0)
+    return Context(ids[cut:], cut)
+
+
+def keep_last(prompt: Prompt, size: int, where: str) -> Prompt:
     """The prompt's last `size` tokens; InputError unless one is left before the continuation."""
     excess = max(len(prompt.ids) - size, 0)
     if excess >= prompt.start:
         raise InputError(
-            f"item {item.id!r} has a choice of {len(prompt.ids) - prompt.start} tokens where at "
-            f"most {size - 1} fit; shorten it or use a longer length or context"
+            f"{where} has a choice of {len(prompt.ids) - prompt.start} tokens where at most "
+            f"{size - 1} fit; shorten it or use a longer length or context"
         )
     return prompt._replace(ids=prompt.ids[excess:], start=prompt.start - excess)

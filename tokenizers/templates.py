@@ -130,14 +130,14 @@ def recognise(tokenizer: Tokenizer) -> str:
     names = ", ".join(TEMPLATES)
     if source is None:
         raise TokenizerError(
-            f"tokenizer {tokenizer.name} has no chat template: name one of {names} (--template, or"
-            " --chat to generate)"
+            f"tokenizer {tokenizer.name} has no chat template: name one of {names} (--template, --chat"
+            " or --apply-chat-template NAME)"
         )
     mark = hashlib.sha256(normal_form(source).encode()).hexdigest()
     if mark not in KNOWN:
         raise TokenizerError(
             f"the chat template of tokenizer {tokenizer.name} is none of {names}: name the one that"
-            " it amounts to (--template, or --chat to generate)"
+            " it amounts to (--template, --chat or --apply-chat-template NAME)"
         )
     return KNOWN[mark]
 

@@ -1,4 +1,7 @@
-"""Items files are checked line by line; contexts and choices become tokens as in running text."""
+"""Items files are checked line by line; what a model is asked becomes tokens as in running text.
+
+The end-of-text token of the tokenizer "bytes", 256, is its BOS and its EOS.
+"""
 
 import dataclasses
 import json
@@ -8,7 +11,17 @@ import pytest
 
 import tokenizers
 from core.errors import InputError
-from evals.items import Item, Prompt, characters, keep_last, read_items, tokenise
+from evals.items import (
+    Item,
+    Prompt,
+    characters,
+    encode,
+    keep_last,
+    read_context,
+    read_items,
+    rolling,
+    tokenise,
+)
 
 BYTES = tokenizers.load("bytes")
 GOOD = {"context": "2+2 is", "choices": [" 3", " 4"], "label": 1}
@@ -140,15 +153,71 @@ def test_a_continuation_that_merges_away_is_tokenised_alone():
     assert cut(kept) == (list(b"xa"), list(b"c")) and not kept.alone
 
 
+@pytest.mark.parametrize("tokenizer", [BYTES, WITH_BOS])
+@pytest.mark.parametrize("add_bos, begin", [(True, [256]), (False, [])])
+def test_bos_can_be_forced_either_way(tokenizer, add_bos, begin):
+    [prompt] = tokenise(tokenizer, "So", [" x"], add_bos)
+    assert cut(prompt) == ([*begin, *b"So"], list(b" x"))
+    assert encode(tokenizer, "So", add_bos).tolist() == [*begin, *b"So"]
+    spelt, empty = "<|endoftext|>So", list(b"\nx")
+    assert encode(tokenizer, spelt, add_bos).tolist() == [256, *b"So"]
+    assert cut(tokenise(tokenizer, spelt, [" x"], add_bos)[0]) == ([256, *b"So"], list(b" x"))
+    assert cut(tokenise(tokenizer, "\n", ["x"], add_bos)[0]) == ([256], empty)
+
+
+def test_bos_that_is_not_there_cannot_be_forced():
+    only_eos = dataclasses.replace(BYTES, bos=None)
+    assert encode(only_eos, "So").tolist() == encode(only_eos, "So", False).tolist() == [*b"So"]
+    with pytest.raises(InputError, match="tokenizer bytes has no BOS to add"):
+        encode(only_eos, "So", True)
+
+
+# By hand: every id after the first is predicted once, and by as many before it as a window holds.
+@pytest.mark.parametrize(
+    "text, windows",
+    [
+        ("", []),
+        ("a", [([256], b"a")]),
+        ("abcd", [([256], b"abcd")]),
+        ("abcde", [([256], b"abcd"), ([*b"abcd"], b"e")]),
+        ("abcdefgh", [([256], b"abcd"), ([*b"d"], b"efgh")]),
+        ("abcdefghij", [([256], b"abcd"), ([*b"d"], b"efgh"), ([*b"fgh"], b"ij")]),
+    ],
+)
+def test_a_text_rolls_in_windows_that_predict_each_token_once(text, windows):
+    found = rolling(BYTES, text, 4)
+    assert [cut(prompt) for prompt in found] == [(a, list(b)) for a, b in windows]
+    assert all(prompt.ids.dtype == np.int32 and len(prompt.ids) <= 5 for prompt in found)
+
+
+def test_a_rolling_text_has_two_bos_where_the_tokenizer_adds_one():
+    first, second = rolling(WITH_BOS, "abcd", 4)
+    assert cut(first) == ([256], [256, *b"abc"])
+    assert cut(second) == ([256, *b"abc"], list(b"d"))
+    assert cut(rolling(WITH_BOS, "abcd", 4, add_bos=False)[0]) == ([256], list(b"abcd"))
+    assert cut(rolling(BYTES, "abcd", 4, add_bos=True)[0]) == ([256], [256, *b"abc"])
+    assert rolling(WITH_BOS, "", 4) == []
+    with pytest.raises(InputError, match="neither BOS nor EOS"):
+        rolling(dataclasses.replace(BYTES, bos=None, eos=None), "a", 4)
+
+
+def test_a_context_to_go_on_from_keeps_its_end():
+    for room in range(1, 9):
+        ids, lost = read_context(WITH_BOS, "So it \n", room)
+        assert ids.tolist() == [256, *b"So it \n"][-room:] and lost == 8 - room
+    assert read_context(BYTES, "So", 9, True).ids.tolist() == [256, *b"So"]
+    assert read_context(WITH_BOS, "So", 9, False).ids.tolist() == list(b"So")
+    assert read_context(BYTES, "", 9).ids.tolist() == [256]
+
+
 def test_truncation_keeps_the_continuation_and_a_token_before_it():
-    item = Item("q7", "abcdef", ("gh",), 0, {})
-    [prompt] = tokenise(BYTES, item.context, item.choices)
-    assert keep_last(prompt, 8, item) is not None
+    [prompt] = tokenise(BYTES, "abcdef", ["gh"])
+    assert keep_last(prompt, 8, "item 'q7'") is not None
     for size in range(3, 9):
-        kept = keep_last(prompt, size, item)
+        kept = keep_last(prompt, size, "item 'q7'")
         assert cut(kept) == (list(b"abcdef"[8 - size :]), list(b"gh"))
-    with pytest.raises(InputError, match="'q7'.*2 tokens.*at most 1"):
-        keep_last(prompt, 2, item)
+    with pytest.raises(InputError, match="item 'q7'.*2 tokens.*at most 1"):
+        keep_last(prompt, 2, "item 'q7'")
 
 
 def test_ids_are_int32():
