@@ -1,18 +1,19 @@
-"""Text from a model: one pass over the prompts, then one token a step from a key-value cache.
+"""Text from a model: prompts are read in groups, then one token a step from a key-value cache.
 
-Dims: B rows, T prompt tokens of the longest row, N new tokens, S cache slots or stop ids, V
-vocabulary, D width.
+Dims: R rows of the running state, B rows of a group of prompts, T tokens of its longest prompt, N
+new tokens, S cache slots or stop ids, V vocabulary, D width.
 
-Prompts are aligned on the left and padded on the right, so a row's positions never depend on its
-neighbours; lengths are rounded up to a few buckets, and a program is compiled per bucket. A step is
-bound by reading the weights: layers run unrolled over weights that were unstacked and cast once,
-whatever `Execution` says of layers, since a scan would copy each slice first. A sliding layer's
-cache is a ring of `window` slots.
+A prompt takes a row as soon as one is free (continuous batching, as in Orca, OSDI 2022): every
+`STEPS` steps the host looks for texts that have ended. Prompts are aligned on the left, so a row's
+positions never depend on its neighbours. Groups come in a few widths and two heights, caches in
+one size: few programs. A step is bound by reading the weights: layers run unrolled over weights
+that were unstacked and cast once, whatever `Execution` says of layers, since a scan would copy each
+slice first. A sliding layer's cache is a ring of `window` slots.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -20,31 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from core import families, model, schema, sharding
-from core.attention import CACHE, MASKED, fill
+from core.attention import CACHE, fill
 from core.config import Execution, ModelConfig
 from core.errors import InputError
+from core.sampling import GREEDY, Chosen, Sampling, choose, row_keys
 
 SMALLEST_BUCKET = 32  # tokens
 STEPS = 16  # between two looks of the host at what was written
-
-
-class Sampling(NamedTuple):
-    """temperature 0 = greedy. top_k 0 and top_p 1 = off; both filter after the temperature."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def check(self) -> None:
-        """Raise InputError for what is no distribution."""
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(f"top_k must be 0 or more and top_p above 0, up to 1; got {self.top_k}"
-                             f" and {self.top_p}")  # fmt: skip
-
-
-GREEDY = Sampling()
+# Tokens of a group for each device: as many as keep its arithmetic busy, padding included.
+GROUP_TOKENS = 512
 
 
 class Weights(NamedTuple):
@@ -57,19 +42,16 @@ class Weights(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between two steps. `ids_B1` at `positions_B1` is written but not yet read by the model."""
+    """Between two steps. `ids_R1` at `positions_R1` is written but not yet read by the model.
+
+    last_R1: the position of the last token a row may get. keys_R: see `core.sampling.row_keys`.
+    """
 
     caches: list[schema.Params]
-    ids_B1: jax.Array
-    positions_B1: jax.Array
-    done_B: jax.Array
-
-
-class Chosen(NamedTuple):
-    """Tokens and their log-probabilities under the model itself: no temperature, no filters."""
-
-    ids: jax.Array
-    logprobs: jax.Array
+    ids_R1: jax.Array
+    positions_R1: jax.Array
+    last_R1: jax.Array
+    keys_R: jax.Array
 
 
 class Completion(NamedTuple):
@@ -165,80 +147,52 @@ def step(
     return caches, model.head_logits(h_B1D, weights.head_VD)[:, 0]
 
 
-def row_keys(seed: int, rows_B: Sequence[int]) -> jax.Array:
-    """The stream of each row: of the seed and the row's number, whatever its batch."""
-    root = jax.random.key(seed)
-    return jax.vmap(functools.partial(jax.random.fold_in, root))(np.array(rows_B, np.uint32))
-
-
-def choose(
-    logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array, positions_B: jax.Array
-) -> Chosen:
-    """The token [B] that comes to stand at `positions_B`, drawn from (row's key, position).
-
-    top_k keeps the k most likely tokens, top_p the fewest most likely ones whose probabilities
-    reach it; either way also what equals the last of them.
-    """
-    if sampling.temperature == 0:
-        ids_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    else:
-        z_BV = logits_BV / sampling.temperature
-        if 0 < sampling.top_k < z_BV.shape[1]:
-            kept_BV = _largest(z_BV, jnp.ones_like(z_BV), sampling.top_k)
-            z_BV = jnp.where(kept_BV, z_BV, MASKED)
-        if sampling.top_p < 1:
-            kept_BV = _largest(z_BV, jax.nn.softmax(z_BV, axis=-1), sampling.top_p)
-            z_BV = jnp.where(kept_BV, z_BV, MASKED)
-        keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-        ids_B = jax.vmap(jax.random.categorical)(keys_B, z_BV).astype(jnp.int32)
-    chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0]
-    return Chosen(ids_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1))
-
-
-def _largest(z_BV: jax.Array, weights_BV: jax.Array, need: float) -> jax.Array:
-    """bool [B,V]: the fewest largest values, and their equals, whose weights sum to `need`.
-
-    The least of them is found bit by bit, since floats are in the order of their bits once those of
-    negative ones are flipped: 32 passes, on a CPU a tenth of the time of sorting a vocabulary.
-    """
-    bits_BV = jax.lax.bitcast_convert_type(z_BV.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    bits_BV = jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
-
-    def next_bit(n: jax.Array, least_B1: jax.Array) -> jax.Array:
-        more_B1 = least_B1 | (sign >> n.astype(jnp.uint32))
-        reached = jnp.where(bits_BV >= more_B1, weights_BV, 0).sum(-1, keepdims=True) >= need
-        return jnp.where(reached, more_B1, least_B1)
-
-    return bits_BV >= jax.lax.fori_loop(0, 32, next_bit, jnp.zeros_like(bits_BV[:, :1]))
-
-
 def _is_stop(ids_B: jax.Array, stops_S: jax.Array) -> jax.Array:
     return (ids_B[:, None] == stops_S[None]).any(-1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "execution", "sampling", "tokens"))
+def blank(config: ModelConfig, execution: Execution, rows: int, tokens: int) -> State:
+    """A state of free rows, with room for texts of up to `tokens` tokens."""
+
+    def cache(slots: int) -> schema.Params:
+        k_RGKS = jnp.zeros((rows, config.groups, config.head_dim, slots), execution.compute_dtype)
+        return {"k": k_RGKS, "v": jnp.swapaxes(k_RGKS, 2, 3)}
+
+    caches = [cache(slots) for slots in cache_slots(config, tokens)]
+    ids, positions, last = (jnp.zeros((rows, 1), jnp.int32) for _ in range(3))  # each is donated
+    return State(caches, ids, positions, last, row_keys(0, range(rows)))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "execution", "sampling"), donate_argnames="state"
+)
 @model.full_precision
 def prefill(
     config: ModelConfig,
     execution: Execution,
     sampling: Sampling,
     weights: Weights,
-    tokens: int,
+    state: State,
     ids_BT: jax.Array,
     lengths_B: jax.Array,
+    rows_B: jax.Array,
     keys_B: jax.Array,
-    stops_S: jax.Array,
-    done_B: jax.Array,
+    new_tokens: jax.Array,
 ) -> tuple[State, Chosen]:
-    """Read prompts, padded on the right, and choose the first token [B] of each.
+    """Read prompts, padded on the right, into `rows_B` of the state; the first token [B] of each.
 
-    tokens: room in the caches, prompts included. done_B: rows that only fill the batch.
+    rows_B: one that the state has not belongs to a prompt that only fills the group.
     """
-    caches, logits_BV = read(config, execution, weights, tokens, ids_BT, lengths_B)
+    caches, logits_BV = read(config, execution, weights, ids_BT.shape[1], ids_BT, lengths_B)
     first = choose(logits_BV, sampling, keys_B, lengths_B)
-    done_B = done_B | _is_stop(first.ids, stops_S)
-    return State(caches, first.ids[:, None], lengths_B[:, None], done_B), first
+    at_B1 = lengths_B[:, None]
+    group = State(caches, first.ids[:, None], at_B1, at_B1 + new_tokens - 1, keys_B)
+
+    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+        # What lies behind the prompts' slots is of texts that have ended; it is masked.
+        return held.at[(rows_B, *map(slice, new.shape[1:]))].set(new, mode="drop")
+
+    return jax.tree.map(put, state, group), first
 
 
 @functools.partial(
@@ -251,35 +205,40 @@ def decode(
     sampling: Sampling,
     weights: Weights,
     state: State,
-    keys_B: jax.Array,
     stops_S: jax.Array,
-    steps: jax.Array,
+    done_R: jax.Array,
 ) -> tuple[State, Chosen]:
-    """Up to `steps` <= STEPS more tokens a row: (state, chosen [B,STEPS]).
+    """Up to STEPS more tokens a row: (state, chosen [R,STEPS]).
 
-    Ends early when every row is done; what a done row gets is to be ignored.
+    done_R: rows without a text that goes on. Ends early when every row is done; what a row gets
+    behind a stop id or its last token is to be ignored.
     """
-    rows = state.ids_B1.shape[0]
+    rows = state.ids_R1.shape[0]
     wide = np.promote_types(execution.compute_dtype, jnp.float32)
 
-    def body(carry: tuple[jax.Array, State, Chosen]) -> tuple[jax.Array, State, Chosen]:
-        n, state, written = carry
-        caches, logits_BV = step(
-            config, execution, weights, state.caches, state.ids_B1, state.positions_B1
+    def body(
+        carry: tuple[jax.Array, State, jax.Array, Chosen],
+    ) -> tuple[jax.Array, State, jax.Array, Chosen]:
+        n, state, done_R, written = carry
+        caches, logits_RV = step(
+            config, execution, weights, state.caches, state.ids_R1, state.positions_R1
         )
-        at_B = state.positions_B1[:, 0] + 1
-        new = choose(logits_BV, sampling, keys_B, at_B)
+        at_R1 = state.positions_R1 + 1
+        new = choose(logits_RV, sampling, state.keys_R, at_R1[:, 0])
+        written = jax.tree.map(lambda all_RN, x_R: all_RN.at[:, n].set(x_R), written, new)
         # A done row stays where it is: its cache has no room for more.
-        at_B = jnp.where(state.done_B, at_B - 1, at_B)
-        done_B = state.done_B | _is_stop(new.ids, stops_S)
-        written = jax.tree.map(lambda all_BN, x_B: all_BN.at[:, n].set(x_B), written, new)
-        return n + 1, State(caches, new.ids[:, None], at_B[:, None], done_B), written
+        at_R1 = jnp.where(done_R[:, None], state.positions_R1, at_R1)
+        stopped_R = (new.ids[:, None] == stops_S[None]).any(-1)
+        done_R = done_R | stopped_R | (at_R1 >= state.last_R1)[:, 0]
+        state = state._replace(caches=caches, ids_R1=new.ids[:, None], positions_R1=at_R1)
+        return n + 1, state, done_R, written
 
-    def unfinished(carry: tuple[jax.Array, State, Chosen]) -> jax.Array:
-        return (carry[0] < steps) & ~carry[1].done_B.all()
+    def unfinished(carry: tuple[jax.Array, State, jax.Array, Chosen]) -> jax.Array:
+        return (carry[0] < STEPS) & ~carry[2].all()
 
-    blank = Chosen(jnp.zeros((rows, STEPS), jnp.int32), jnp.zeros((rows, STEPS), wide))
-    _, state, written = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, blank))
+    nothing = Chosen(jnp.zeros((rows, STEPS), jnp.int32), jnp.zeros((rows, STEPS), wide))
+    begin = (jnp.int32(0), state, done_R, nothing)
+    _, state, _, written = jax.lax.while_loop(unfinished, body, begin)
     return state, written
 
 
@@ -288,10 +247,22 @@ def bucket(tokens: int, largest: int) -> int:
     return min(max(SMALLEST_BUCKET, 1 << (tokens - 1).bit_length()), largest)
 
 
-def batches(lengths: Sequence[int], batch: int) -> list[list[int]]:
-    """Prompts of like length together, longest first: indices into `lengths`."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + batch] for i in range(0, len(order), batch)]
+def heights(width: int, rows: int, devices: int) -> tuple[int, int]:
+    """Rows of a small and of a large group of prompts of up to `width` tokens."""
+    return devices, devices * max(min(GROUP_TOKENS // width, rows // devices), 1)
+
+
+def next_group(
+    longest: int, ready: int, rows: int, devices: int, largest: int
+) -> tuple[int, int, int]:
+    """(prompts to read at once, rows, width) of `ready` ones of up to `longest` tokens.
+
+    A large group where at least half of it is used, else a small one.
+    """
+    width = bucket(longest, largest)
+    small, large = heights(width, rows, devices)
+    height = large if 2 * ready >= large else small
+    return min(ready, height), height, width
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], new_tokens: int) -> None:
@@ -310,6 +281,14 @@ def check_prompts(config: ModelConfig, prompts: Sequence[np.ndarray], new_tokens
             )
 
 
+class Row(NamedTuple):
+    """A text under way: the index of its prompt, ids int32 [N] and logprobs float32 [N] so far."""
+
+    index: int
+    ids: np.ndarray = np.zeros(0, np.int32)
+    logprobs: np.ndarray = np.zeros(0, np.float32)
+
+
 def generate(
     config: ModelConfig,
     execution: Execution,
@@ -321,64 +300,97 @@ def generate(
     stops: Sequence[int] = (),
     ends: Ends = lambda ids: None,
     batch: int = 8,
-    skip: int = 0,
+    finished: Mapping[int, int] = {},
 ) -> Iterator[list[tuple[int, Completion]]]:
-    """Up to `new_tokens` >= 1 tokens after each prompt (int32 [T]): batches of (index, completion).
+    """Up to `new_tokens` >= 1 tokens after each of >= 1 prompts (int32 [T]).
 
-    stops: ids that end a text. ends: see `Ends`; asked every few steps. skip: batches to leave out.
+    Yields (index, completion) of those that end together.
+
+    stops: ids that end a text. ends: see `Ends`; asked every few steps. batch: texts at a time.
     A completion depends on its own prompt, the seed and its index, beyond rounding.
+
+    finished: of completions that an interrupted call gave, index: tokens. They are left out but
+    keep their place in the schedule, so all others are read in the same group, row and step, and
+    are the same to the last bit.
+
     Raises InputError as `check_prompts` does.
     """
     sampling.check()
     check_prompts(config, prompts, new_tokens)
     mesh = sharding.make_mesh()
+    over_rows = sharding.over_rows(mesh)
     weights = unstack(config, execution, jax.device_put(variables, sharding.replicated(mesh)))
-    size = min(batch, 1 << (len(prompts) - 1).bit_length())  # the same for all: fewer programs
+    size = min(batch, 1 << (len(prompts) - 1).bit_length())
     size += -size % mesh.size
-    stops_S, over_rows = np.array([*stops] or [-1], np.int32), sharding.over_rows(mesh)
-
-    def complete(chosen: list[int]) -> list[Completion]:
-        lengths_B = np.ones(size, np.int32)
-        lengths_B[: len(chosen)] = [len(prompts[i]) for i in chosen]
-        width = bucket(int(lengths_B.max()), config.context)
-        ids_BT = np.zeros((size, width), np.int32)
-        for b, i in enumerate(chosen):
-            ids_BT[b, : lengths_B[b]] = prompts[i]
-        keys_B = jax.device_put(row_keys(seed, chosen + [0] * (size - len(chosen))), over_rows)
-        done_B = np.arange(size) >= len(chosen)
-        ids_BT, lengths_B = (sharding.place(x, over_rows) for x in (ids_BT, lengths_B))
-        state, first = prefill(
-            config, execution, sampling, weights, min(width + new_tokens, config.context),
-            ids_BT, lengths_B, keys_B, stops_S, sharding.place(done_B, over_rows),
-        )  # fmt: skip
-        ids_BN, logprobs_BN = (np.asarray(x_B)[:, None] for x_B in first)
-        while True:
-            done_B = np.array(state.done_B)
-            for b in np.flatnonzero(~done_B):
-                done_B[b] = ends(ids_BN[b]) is not None
-            n = min(new_tokens - ids_BN.shape[1], STEPS)
-            if n == 0 or done_B.all():
-                break
-            state = state._replace(done_B=sharding.place(done_B, over_rows))
-            state, more = decode(
-                config, execution, sampling, weights, state, keys_B, stops_S, np.int32(n)
+    stops_S = np.array([*stops] or [-1], np.int32)
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)))
+    room = min(bucket(len(prompts[waiting[0]]), config.context) + new_tokens, config.context)
+    empty = jax.jit(blank, static_argnums=(0, 1, 2, 3), out_shardings=over_rows)
+    state = empty(config, execution, size, room)
+    rows: dict[int, Row] = {}
+    absent: dict[int, int] = {}  # rows of what is finished: for how many tokens they stay taken
+    while waiting or rows:
+        free = [r for r in range(size) if r not in rows and r not in absent]
+        if waiting and free:
+            count, height, width = next_group(
+                len(prompts[waiting[0]]), min(len(free), len(waiting)), size, mesh.size,
+                config.context,
+            )  # fmt: skip
+            chosen = dict(zip(free[:count], (waiting.popleft() for _ in range(count)), strict=True))
+            absent |= {r: finished[i] - 1 for r, i in chosen.items() if finished.get(i, 1) > 1}
+            rows |= {r: Row(i) for r, i in chosen.items() if i not in finished}
+            place = {r: b for b, r in enumerate(chosen) if r in rows}
+            if not place:
+                continue
+            group = _group({r: prompts[i] for r, i in chosen.items()}, height, width, size)
+            keys_B = row_keys(seed, [*chosen.values()] + [0] * (height - count))
+            state, first = prefill(
+                config, execution, sampling, weights, state,
+                *(sharding.place(x, over_rows) for x in group), jax.device_put(keys_B, over_rows),
+                np.int32(new_tokens),
+            )  # fmt: skip
+            ids_BN, logprobs_BN = (np.asarray(x_B)[:, None] for x_B in first)
+        else:
+            absent = {r: left - STEPS for r, left in absent.items() if left > STEPS}
+            place = {r: r for r in rows}
+            if not place:
+                continue
+            done_R = sharding.place(np.array([r not in rows for r in range(size)]), over_rows)
+            state, more = decode(config, execution, sampling, weights, state, stops_S, done_R)
+            ids_BN, logprobs_BN = map(np.asarray, more)
+        ended = []
+        for r, b in place.items():
+            i, ids_N, logprobs_N = rows[r]
+            row = rows[r] = Row(
+                i,
+                np.concatenate([ids_N, ids_BN[b]])[:new_tokens],
+                np.concatenate([logprobs_N, logprobs_BN[b]])[:new_tokens],
             )
-            ids_BN = np.concatenate([ids_BN, np.asarray(more.ids)[:, :n]], axis=1)
-            logprobs_BN = np.concatenate([logprobs_BN, np.asarray(more.logprobs)[:, :n]], axis=1)
-        rows = range(len(chosen))
-        return [_completion(ids_BN[b], logprobs_BN[b], stops_S, ends) for b in rows]
-
-    for chosen in batches([len(ids) for ids in prompts], batch)[skip:]:
-        yield list(zip(chosen, complete(chosen), strict=True))
+            if completion := _completion(row, new_tokens, stops_S, ends):
+                ended.append((i, completion))
+                del rows[r]
+        if ended:
+            yield ended
 
 
-def _completion(
-    ids_N: np.ndarray, logprobs_N: np.ndarray, stops_S: np.ndarray, ends: Ends
-) -> Completion:
-    """Cut at the first stop id, or before it where the text ended otherwise."""
-    stopped = np.flatnonzero(np.isin(ids_N, stops_S))
-    text = ids_N[: stopped[0]] if len(stopped) else ids_N
-    if (end := ends(text)) is not None:
-        return Completion(ids_N[:end], logprobs_N[:end], "stop_string")
-    end = len(text) + bool(len(stopped))
-    return Completion(ids_N[:end], logprobs_N[:end], "stop_id" if len(stopped) else "length")
+def _group(
+    prompts: Mapping[int, np.ndarray], height: int, width: int, rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids int32 [B,T], lengths [B], rows [B]) of prompts by their row of the state."""
+    ids_BT, lengths_B = np.zeros((height, width), np.int32), np.ones(height, np.int32)
+    rows_B = np.full(height, rows, np.int32)
+    for b, (r, ids) in enumerate(prompts.items()):
+        ids_BT[b, : len(ids)], lengths_B[b], rows_B[b] = ids, len(ids), r
+    return ids_BT, lengths_B, rows_B
+
+
+def _completion(row: Row, new_tokens: int, stops_S: np.ndarray, ends: Ends) -> Completion | None:
+    """Cut at the first stop id, or before it where the text ended otherwise; None: it goes on."""
+    stopped = np.flatnonzero(np.isin(row.ids, stops_S))
+    text = row.ids[: stopped[0]] if len(stopped) else row.ids
+    end, reason = ends(text), "stop_string"
+    if end is None and len(stopped):
+        end, reason = len(text) + 1, "stop_id"
+    elif end is None and len(text) == new_tokens:
+        end, reason = new_tokens, "length"
+    return None if end is None else Completion(row.ids[:end], row.logprobs[:end], reason)

@@ -19,8 +19,9 @@ import numpy as np
 from core import families, generate, model, schema
 from core.config import Execution, ModelConfig
 from core.errors import InputError
-from core.generate import GREEDY, STEPS, Weights
+from core.generate import STEPS, State, Weights
 from core.presets import PRESETS
+from core.sampling import GREEDY, row_keys
 
 CLOCKS = {"": time.perf_counter, "_cpu": time.process_time}
 
@@ -60,8 +61,8 @@ def bench(
     """Median seconds, tokens/s and ratios of greedy decoding; bytes; what compiling costs.
 
     new_tokens is rounded up to the first token and whole calls of `STEPS`. `_cpu` is the time of
-    the processors, which tells more than the clock on a busy machine. programs: how many pairs of
-    a prefill and a decode program prompts of all lengths up to this one need.
+    the processors, which tells more than the clock on a busy machine. programs: how many prompts of
+    all lengths up to this one need, that of decoding included.
     """
     config = PRESETS[preset]
     calls = max(-(-(new_tokens - 1) // STEPS), 1)
@@ -73,9 +74,12 @@ def bench(
     weights = generate.unstack(config, execution, variables)
     ids_BT = jax.random.randint(jax.random.key(1), (batch, tokens), 0, config.vocab_size)
     x_BD = jnp.ones((batch, config.width), execution.compute_dtype)
-    sampled = (generate.row_keys(0, range(batch)), jnp.array([-1]))
-    lengths_B, done_B = jnp.full(batch, prompt_length), jnp.zeros(batch, bool)
-    prompt = (ids_BT[:, :prompt_length], lengths_B, *sampled, done_B)
+    state = generate.blank(config, execution, batch, tokens)
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.caches))
+    rows = jnp.arange(batch)
+    prompt = (ids_BT[:, :prompt_length], jnp.full(batch, prompt_length), rows,
+              row_keys(0, range(batch)), jnp.int32(tokens))  # fmt: skip
+    more = (jnp.array([-1]), jnp.zeros(batch, bool))
     compile_seconds: dict[str, float] = {}
 
     def compiled(name: str, function: Any, *arguments: Any) -> Any:
@@ -85,32 +89,28 @@ def bench(
         return program
 
     how = (config, execution)
-    prefill = compiled("prefill", generate.prefill, *how, GREEDY, weights, tokens, *prompt)
-    state, _ = prefill(weights, *prompt)
-    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.caches))
-    more = (*sampled, jnp.int32(STEPS))
+    prefill = compiled("prefill", generate.prefill, *how, GREEDY, weights, state, *prompt)
     decode = compiled("decode", generate.decode, *how, GREEDY, weights, state, *more)
     chain = compiled("floor", floor, config, weights, x_BD)
     whole = compiled("uncached", uncached, *how, variables, ids_BT)
 
-    def decode_all(state: generate.State) -> generate.State:
+    def decode_all(state: State) -> tuple[State, Any]:
         for _ in range(calls):
-            state, _ = decode(weights, state, *more)
-        return state
+            state, chosen = decode(weights, state, *more)
+        return state, chosen
 
     # name: (what runs, steps in it); decoding starts from what prefilling left.
-    programs: dict[str, tuple[Callable[[Any], Any], int]] = {
-        "prefill": (lambda _: prefill(weights, *prompt)[0], 1),
+    programs: dict[str, tuple[Callable[[State], tuple[State, Any]], int]] = {
+        "prefill": (lambda state: prefill(weights, state, *prompt), 1),
         "decode": (decode_all, calls * STEPS),
-        "floor": (lambda _: chain(weights, x_BD), 1),
-        "uncached": (lambda _: whole(variables, ids_BT), 1),
+        "floor": (lambda state: (state, chain(weights, x_BD)), 1),
+        "uncached": (lambda state: (state, whole(variables, ids_BT)), 1),
     }
     times: dict[str, list[float]] = {f"{name}{clock}": [] for name in programs for clock in CLOCKS}
     for repeat in range(repeats + 1):
-        result: Any = None
         for name, (run, steps) in programs.items():
             before = [clock() for clock in CLOCKS.values()]
-            result = jax.block_until_ready(run(result))
+            state, _ = jax.block_until_ready(run(state))
             for (suffix, clock), was in zip(CLOCKS.items(), before, strict=True):
                 if repeat:  # the first is a warm-up
                     times[name + suffix].append((clock() - was) / steps)
@@ -146,7 +146,7 @@ def bench(
         },
         "floor_bytes_per_second": read / median["floor"],
         "compile_seconds": compile_seconds,
-        "programs": len(widths),
+        "programs": 1 + sum(len({*generate.heights(width, batch, 1)}) for width in widths),
     }
 
 

@@ -1,4 +1,4 @@
-"""Texts from prompts: what is read, where a completion ends, and a run that can be resumed.
+"""Texts from prompts: what is read, where a completion ends, and runs that can be resumed.
 
 A prompt's text is tokenised with the control tokens it spells, as rendered chat templates need, and
 begins with BOS exactly once if the tokenizer asks for it. A completion ends with a stop id, which
@@ -10,7 +10,7 @@ completes it, and the text is cut before it, as lm-evaluation-harness cuts at `u
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,11 @@ from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
 from core.files import PathLike, append_jsonl, read_jsonl, write_jsonl
-from core.generate import GREEDY, Completion, Sampling
+from core.generate import Completion
 from core.progress import Progress
+from core.sampling import GREEDY, Sampling
+from evals.items import encode
+from evals.store import Store, generation_key
 from tokenizers import Tokenizer, chat
 from tokenizers.templates import Template
 
@@ -72,14 +75,6 @@ class Text(NamedTuple):
                 "logprobs": self.logprobs, "reason": self.reason}  # fmt: skip
 
 
-def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """int32 [T]: the ids of a prompt's text, after BOS if the tokenizer asks for it."""
-    ids = tokenizer.encode(text, special=True)
-    if not tokenizer.add_bos or tokenizer.bos is None or (len(ids) and ids[0] == tokenizer.bos):
-        return ids
-    return np.concatenate([np.array([tokenizer.bos], np.int32), ids])
-
-
 def default_stops(loaded: Loaded, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a text: the model's own, or else the tokenizer's EOS."""
     config = loaded.config
@@ -118,13 +113,17 @@ def ends_with_string(tokenizer: Tokenizer, strings: Sequence[str]) -> generate.E
     return ends
 
 
+def spell(tokenizer: Tokenizer, ids: Iterable[int], strings: Sequence[str]) -> str:
+    """The text of ids, cut before each of `strings` in their order."""
+    data = b"".join(piece(tokenizer, token) for token in ids)
+    for string in strings:
+        data = data.split(string.encode())[0]
+    return data.decode("utf-8", "replace")
+
+
 def as_text(tokenizer: Tokenizer, completion: Completion, strings: Sequence[str]) -> Text:
     ids = completion.ids[:-1] if completion.reason == "stop_id" else completion.ids
-    data = b"".join(piece(tokenizer, token) for token in ids.tolist())
-    if completion.reason == "stop_string":
-        for string in strings:
-            data = data.split(string.encode())[0]
-    return Text(data.decode("utf-8", "replace"), *completion)
+    return Text(spell(tokenizer, ids.tolist(), strings), *completion)
 
 
 def complete(
@@ -133,9 +132,9 @@ def complete(
     prompts: Sequence[np.ndarray],
     settings: Settings,
     execution: Execution,
-    skip: int = 0,
-) -> Iterator[list[tuple[int, Text]]]:
-    """The completions of `prompts` (ids), batch by batch as `core.generate.generate` yields them.
+    finished: Mapping[int, int] = {},
+) -> Iterator[list[tuple[int, Completion]]]:
+    """The completions of `prompts` (ids) as `core.generate.generate` yields them.
 
     Raises InputError for prompts that do not fit, settings that are not possible, and a model whose
     log-probabilities are not finite.
@@ -144,15 +143,15 @@ def complete(
     found = generate.generate(
         loaded.config, execution, loaded.variables, prompts, settings.new_tokens,
         settings.sampling, settings.seed, settings.stop_ids,
-        ends_with_string(tokenizer, settings.stop_strings), settings.batch, skip,
+        ends_with_string(tokenizer, settings.stop_strings), settings.batch, finished,
     )  # fmt: skip
-    for batch in found:
-        if not all(np.isfinite(completion.logprobs).all() for _, completion in batch):
+    for group in found:
+        if not all(np.isfinite(completion.logprobs).all() for _, completion in group):
             raise InputError(
                 f"model {loaded.fingerprint[:12]} gives log-probabilities that are not finite; its "
                 "weights are damaged or it diverged"
             )
-        yield [(i, as_text(tokenizer, c, settings.stop_strings)) for i, c in batch]
+        yield group
 
 
 def complete_all(
@@ -165,10 +164,10 @@ def complete_all(
     """The completions in the order of the prompts."""
     ids, found = [prompt.ids for prompt in prompts], {}
     with Progress(len(prompts), "generate", "completions") as bar:
-        for batch in complete(loaded, tokenizer, ids, settings, execution):
-            found.update(batch)
-            bar.update(len(batch))
-    return [found[i] for i in range(len(prompts))]
+        for group in complete(loaded, tokenizer, ids, settings, execution):
+            found.update(group)
+            bar.update(len(group))
+    return [as_text(tokenizer, found[i], settings.stop_strings) for i in range(len(prompts))]
 
 
 def show(texts: Sequence[Text]) -> str:
@@ -186,32 +185,88 @@ def run_generation(
 ) -> dict[str, Any]:
     """Write `out`/completions.jsonl, a line a prompt in their order; returns a summary.
 
-    Finished batches are kept in batches.jsonl, a line each, until all are there; called again after
-    a kill it goes on behind them and ends with the same bytes.
+    Lines are kept in finished.jsonl as texts end, until all are there; called again after a kill it
+    goes on with the other prompts and ends with the same bytes.
     """
-    journal, final = Path(out) / "batches.jsonl", Path(out) / "completions.jsonl"
+    journal, final = Path(out) / "finished.jsonl", Path(out) / "completions.jsonl"
     if not final.exists():
         ids = [prompt.ids for prompt in prompts]
-        done = read_jsonl(journal) if journal.exists() else []
-        write_jsonl(journal, done)  # without a line that a kill cut short
+        lines = read_jsonl(journal) if journal.exists() else []
+        write_jsonl(journal, lines)  # without a line that a kill cut short
+        finished = {line["index"]: len(line["ids"]) for line in lines}
         began, tokens = time.monotonic(), 0
-        label, kept = f"generate {Path(out).name}", sum(map(len, done))
-        with Progress(len(prompts), label, "completions", kept) as bar:
-            for batch in complete(loaded, tokenizer, ids, settings, execution, len(done)):
-                lines = [{**prompts[i].extra, "index": i, "prompt": prompts[i].text,
-                          **text.to_json()} for i, text in batch]  # fmt: skip
-                append_jsonl(journal, [lines])
-                tokens += sum(len(text.ids) for _, text in batch)
+        label = f"generate {Path(out).name}"
+        with Progress(len(prompts), label, "completions", len(lines)) as bar:
+            for group in complete(loaded, tokenizer, ids, settings, execution, finished):
+                texts = [(i, as_text(tokenizer, c, settings.stop_strings)) for i, c in group]
+                append_jsonl(journal, [{**prompts[i].extra, "index": i, "prompt": prompts[i].text,
+                                        **text.to_json()} for i, text in texts])  # fmt: skip
+                tokens += sum(len(text.ids) for _, text in texts)
                 rate = tokens / max(time.monotonic() - began, 1e-9)
-                bar.update(len(batch), **{"tokens/s": f"{rate:,.4g}"})
-        found = [line for batch in read_jsonl(journal) for line in batch]
-        write_jsonl(final, sorted(found, key=lambda line: line["index"]))
+                bar.update(len(group), **{"tokens/s": f"{rate:,.4g}"})
+        write_jsonl(final, sorted(read_jsonl(journal), key=lambda line: line["index"]))
     journal.unlink(missing_ok=True)
     lines = read_jsonl(final)
     reasons = [line["reason"] for line in lines]
     return {"completions": len(lines), "tokens": sum(len(line["ids"]) for line in lines),
             **{reason: reasons.count(reason) for reason in ("stop_id", "stop_string", "length")},
             "model": loaded.fingerprint, "tokenizer": tokenizer.fingerprint}  # fmt: skip
+
+
+# -------------------------------------------------------------------------- answers of benchmarks
+
+
+class Answer(NamedTuple):
+    """A greedy completion; ids int32 [N] go up to and with what ended it, the text does not."""
+
+    text: str
+    ids: np.ndarray
+    reason: str
+
+
+def answers(
+    loaded: Loaded,
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    until: Sequence[str],
+    new_tokens: int,
+    stop_ids: Sequence[int],
+    execution: Execution,
+    batch: int,
+    label: str,
+    store: Store | None = None,
+) -> list[Answer]:
+    """The greedy answer to each prompt (ids), by the rules of lm-evaluation-harness 0.4.13.
+
+    It ends with a stop id, or where what is written spells one of `until` or the EOS; its text
+    leaves out control tokens and is cut before each of `until`, in their order, and the EOS.
+
+    Equal prompts are answered once, those of `store.before` not at all, and those of `store.since`
+    keep their place in the schedule: after a kill all others get the same bits. label: of the
+    progress line. Raises InputError as `complete` does.
+    """
+    store = store or Store(None, {})
+    keys = [generation_key(ids, new_tokens, stop_ids, until) for ids in prompts]
+    asked = {key: ids for key, ids in zip(keys, prompts, strict=True) if key not in store.before}
+    known = {key: value for key in keys if (value := store.before.get(key, store.since.get(key)))}
+    finished = {i: len(known[key]["ids"]) for i, key in enumerate(asked) if key in known}
+    strings = (*until, *(() if tokenizer.eos is None else (tokenizer.decode([tokenizer.eos]),)))
+    settings = Settings(new_tokens, stop_ids=tuple(stop_ids), stop_strings=strings, batch=batch)
+    if len(finished) < len(asked):
+        names, ids = [*asked], [*asked.values()]
+        with Progress(len(asked), label, "answers", len(finished)) as bar:
+            for group in complete(loaded, tokenizer, ids, settings, execution, finished):
+                new = {names[i]: {"ids": c.ids.tolist(), "reason": c.reason} for i, c in group}
+                store.add(new.items())
+                known |= new
+                bar.update(len(group))
+    control = {*tokenizer.control.values()}
+
+    def answer(ids: Sequence[int], reason: str) -> Answer:
+        text = spell(tokenizer, (token for token in ids if token not in control), strings)
+        return Answer(text, np.array(ids, np.int32), reason)
+
+    return [answer(**known[key]) for key in keys]
 
 
 # ----------------------------------------------------------------------------------- what is asked

@@ -149,12 +149,12 @@ def test_a_long_prompt_can_be_cut(world, run):
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(world, run):
     Path("many.txt").write_text("".join(f"{n} and {n}\n" for n in range(400)))
-    line = ["generate", "--model", "model", "--prompts", "many.txt", "--batch", "1",
+    line = ["generate", "--model", "model", "--prompts", "many.txt", "--batch", "4",
             "--max-new-tokens", "9", "--temperature", "1", "--out"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), *line, "out"], stderr=subprocess.DEVNULL
     )
-    journal = Path("out/batches.jsonl")
+    journal = Path("out/finished.jsonl")
     while not journal.exists() or journal.read_bytes().count(b"\n") < 20:
         assert process.poll() is None
         time.sleep(0.005)

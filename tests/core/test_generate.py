@@ -16,8 +16,8 @@ from core import attention, generate, model
 from core.checkpoint import load_model
 from core.config import Execution
 from core.errors import InputError
-from core.generate import GREEDY, Sampling
 from core.inference import token_losses
+from core.sampling import GREEDY, Sampling, _largest, choose, row_keys
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -44,12 +44,12 @@ def prompts_of(name: str) -> list[np.ndarray]:
 
 
 def completions(name: str, new_tokens: int, prompts=None, **options):
-    """Of every prompt, in their order."""
+    """Of every prompt that is not finished, in their order."""
     loaded = load(name)
     prompts = prompts_of(name) if prompts is None else prompts
     found = generate.generate(loaded.config, SCAN, loaded.variables, prompts, new_tokens, **options)
     by_index = dict(pair for batch in found for pair in batch)
-    return [by_index[i] for i in range(len(prompts))]
+    return [by_index[i] for i in sorted(by_index)]
 
 
 # ------------------------------------------------------------------------------------- the cache
@@ -161,27 +161,28 @@ def test_sliding_layers_keep_their_window_only():
     assert generate.cache_slots(load("gpt2_tiny").config, 40) == [40] * 3
 
 
-def prefilled(name: str, rows: int, tokens: int):
-    """State after prompts of 5 tokens, and what decode takes beside it."""
+def prefilled(name: str, rows: int, tokens: int, new_tokens: int = 1000):
+    """State after prompts of 5 tokens, what decode takes beside it, and what prefill took."""
     loaded = load(name)
     ids_BT = np.random.default_rng(0).integers(0, 100, (rows, 5), np.int32)
-    sampled = (generate.row_keys(0, range(rows)), np.array([-1], np.int32))
     weights = generate.unstack(loaded.config, SCAN, loaded.variables)
+    arguments = (loaded.config, SCAN, GREEDY, weights)
+    read = (ids_BT, np.full(rows, 5, np.int32), np.arange(rows, dtype=np.int32),
+            row_keys(0, range(rows)), np.int32(new_tokens))  # fmt: skip
     state, _ = generate.prefill(
-        loaded.config, SCAN, GREEDY, weights, tokens, ids_BT, np.full(rows, 5, np.int32),
-        *sampled, np.zeros(rows, bool),
-    )  # fmt: skip
-    return (loaded.config, SCAN, GREEDY, weights, state, *sampled)
+        *arguments, generate.blank(loaded.config, SCAN, rows, tokens), *read
+    )
+    return arguments, state, (np.array([-1], np.int32), np.zeros(rows, bool)), read
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_decoding_writes_the_cache_in_place(rows):
+def test_the_cache_is_written_in_place(rows):
     """No copy of any layer's cache: the temporary memory is smaller than one."""
-    arguments = prefilled("gpt2_tiny", rows, 1024)
-    program = generate.decode.lower(*arguments, np.int32(4)).compile()
-    smallest = min(x.nbytes for x in jax.tree.leaves(arguments[4].caches))
-    analysis: Any = program.memory_analysis()
-    assert analysis.temp_size_in_bytes < smallest
+    arguments, state, more, read = prefilled("gpt2_tiny", rows, 1024)
+    smallest = min(x.nbytes for x in jax.tree.leaves(state.caches))
+    for program, given in ((generate.decode, more), (generate.prefill, read)):
+        analysis: Any = program.lower(*arguments, state, *given).compile().memory_analysis()
+        assert analysis.temp_size_in_bytes < smallest
 
 
 def test_prefill_forms_logits_of_the_last_tokens_only():
@@ -199,7 +200,7 @@ def test_prefill_forms_logits_of_the_last_tokens_only():
 @pytest.mark.parametrize("name", FOLDERS)
 def test_greedy_tokens_are_those_of_transformers(name):
     wanted_BN = expected(name)["tokens"]
-    found = completions(name, wanted_BN.shape[1])
+    found = completions(name, wanted_BN.shape[1], batch=2)  # a row is used twice
     np.testing.assert_array_equal([completion.ids for completion in found], wanted_BN)
     assert {completion.reason for completion in found} == {"length"}
 
@@ -264,10 +265,10 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 def test_draws_follow_the_distribution(sampling):
     draws = 20_000
     logits = np.random.default_rng(1).normal(0, 1.5, 12).astype(np.float32)
-    rows = generate.row_keys(7, range(draws // 2))
+    rows = row_keys(7, range(draws // 2))
     logits_BV = jnp.broadcast_to(jnp.asarray(logits)[None], (draws // 2, 12))
-    choose = jax.jit(generate.choose, static_argnums=1)
-    drawn = [choose(logits_BV, sampling, rows, np.full(draws // 2, at, np.int32)) for at in (3, 4)]
+    draw = jax.jit(choose, static_argnums=1)
+    drawn = [draw(logits_BV, sampling, rows, np.full(draws // 2, at, np.int32)) for at in (3, 4)]
     assert (
         (np.asarray(drawn[0].ids) != np.asarray(drawn[1].ids)).any()
         or sampling.top_k == 1
@@ -290,7 +291,7 @@ def test_a_filter_keeps_the_largest_and_their_equals(k):
     draw = np.random.default_rng(k)
     z_BV = np.round(draw.normal(0, 2, (50, 12)), 1).astype(np.float32) + 0
     z_BV[:, 3] = attention.MASKED
-    kept_BV = np.asarray(generate._largest(jnp.asarray(z_BV), jnp.ones((50, 12)), k))
+    kept_BV = np.asarray(_largest(jnp.asarray(z_BV), jnp.ones((50, 12)), k))
     least_B1 = -np.sort(-z_BV, axis=-1)[:, k - 1 : k]
     np.testing.assert_array_equal(kept_BV, z_BV >= least_B1)
 
@@ -333,63 +334,112 @@ def test_a_text_ends_where_it_is_said_to():
     assert same.reason == "stop_id"
 
 
-def test_nothing_is_decoded_once_every_row_has_ended(monkeypatch):
-    calls = []
-    decode = generate.decode
+@pytest.fixture
+def calls(monkeypatch):
+    """Of each call of a program, its name and, of `decode`, the rows without a text."""
+    seen: list[tuple[str, int]] = []
 
-    def counted(*arguments):
-        calls.append(int(arguments[-1]))
-        return decode(*arguments)
+    def watch(name: str) -> None:
+        program = getattr(generate, name)
 
-    monkeypatch.setattr(generate, "decode", counted)
+        def watched(*arguments):
+            seen.append((name, int(arguments[-1].sum()) if name == "decode" else 0))
+            return program(*arguments)
+
+        monkeypatch.setattr(generate, name, watched)
+
+    watch("prefill")
+    watch("decode")
+    return seen
+
+
+def test_nothing_is_decoded_once_every_row_has_ended(calls):
+    def decoded(new_tokens, **options):
+        calls.clear()
+        found = completions("gpt2_tiny", new_tokens, **options)
+        return found, sum(name == "decode" for name, _ in calls)
+
     wanted_BN = expected("gpt2_tiny")["tokens"]
-    found = completions("gpt2_tiny", 24, stops=wanted_BN[:, 0].tolist())
-    assert calls == [] and all(len(c.ids) == 1 and c.reason == "stop_id" for c in found)
-    completions("gpt2_tiny", 1)
-    assert calls == []
-    completions("gpt2_tiny", 24, ends=lambda ids: 2 if len(ids) > 1 else None)
-    assert calls == [generate.STEPS]
-    completions("gpt2_tiny", 24)
-    assert calls[1:] == [16, 7]
+    found, count = decoded(24, stops=wanted_BN[:, 0].tolist())
+    assert count == 0 and all(len(c.ids) == 1 and c.reason == "stop_id" for c in found)
+    assert decoded(1)[1] == 0
+    assert decoded(24, ends=lambda ids: 2 if len(ids) > 1 else None)[1] == 1
+    assert decoded(24)[1] == 2
+    assert decoded(24, finished={0: 24, 1: 1, 2: 5})[1] == 0
 
 
 def test_decoding_ends_early_inside_a_call():
-    *arguments, state, keys_B, _ = prefilled("gpt2_tiny", 2, 64)
-    _, free = generate.decode(
-        *arguments, jax.tree.map(jnp.copy, state), keys_B, np.array([-1], np.int32), np.int32(9)
-    )
+    arguments, state, (none, busy_R), _ = prefilled("gpt2_tiny", 2, 64)
+    copy = functools.partial(jax.tree.map, jnp.copy)
+    _, free = generate.decode(*arguments, copy(state), none, busy_R)
     stops = np.asarray(free.ids)[:, 2]  # by the third token both rows have ended
-    state, found = generate.decode(*arguments, state, keys_B, stops, np.int32(9))
-    assert np.asarray(state.done_B).all() and not np.asarray(found.ids)[:, 3:].any()
+    _, found = generate.decode(*arguments, copy(state), stops, busy_R)
+    assert not np.asarray(found.ids)[:, 3:].any()
+    limited = copy(state)._replace(last_R1=jnp.array([[7], [8]]))  # two and three more
+    after, found = generate.decode(*arguments, limited, none, busy_R)
+    np.testing.assert_array_equal(np.asarray(after.positions_R1)[:, 0], [7, 8])
+    np.testing.assert_array_equal(np.asarray(found.ids)[:, :2], np.asarray(free.ids)[:, :2])
+    assert np.asarray(free.ids)[:, 3].any() and not np.asarray(found.ids)[:, 3:].any()
+
+
+MANY = [(np.arange(n) * 7 + n) % 100 for n in (4, 14, 12, 15, 7, 5, 8, 2, 9, 14, 6, 3)]
+ENDING: dict[str, Any] = {"sampling": Sampling(1.2, 40), "seed": 2, "stops": range(9), "batch": 3}
+
+
+def test_a_row_that_is_free_takes_the_next_prompt(calls):
+    """No row idles while a prompt waits, and each text is what it is alone in a batch."""
+    found = completions("gpt2_tiny", 33, MANY, **ENDING)
+    assert len({len(c.ids) // generate.STEPS for c in found}) > 1  # they end at several looks
+    names = [name for name, _ in calls]
+    last = len(names) - names[::-1].index("prefill")
+    idle = [rows for name, rows in calls[:last] if name == "decode"]
+    assert idle and not any(idle) and sum(rows for _, rows in calls[last:]) > 0
+    alone = completions("gpt2_tiny", 33, MANY, **{**ENDING, "batch": 1})
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+
+
+def test_interrupted_anywhere_the_rest_is_the_same_to_the_last_bit():
+    """Also where only some of those that ended together were kept."""
+    loaded = load("gpt2_tiny")
+
+    def run(finished):
+        return list(generate.generate(loaded.config, SCAN, loaded.variables, MANY, 33,
+                                      finished=finished, **ENDING))  # fmt: skip
+
+    whole = [pair for group in run({}) for pair in group]
+    by_index = dict(whole)
+    assert [i for i, _ in whole] != sorted(by_index, key=lambda i: (-len(MANY[i]), i))
+    for kept in range(len(MANY) + 1):
+        finished = {i: len(completion.ids) for i, completion in whole[:kept]}
+        rest = [pair for group in run(finished) for pair in group]
+        assert [i for i, _ in rest] == [i for i, _ in whole[kept:]]
+        for i, completion in rest:
+            assert completion.reason == by_index[i].reason
+            assert completion.ids.tobytes() == by_index[i].ids.tobytes()
+            assert completion.logprobs.tobytes() == by_index[i].logprobs.tobytes()
 
 
 def test_few_programs_whatever_the_lengths():
-    """One pair for each bucket that the longest prompts of batches fall into, new seed or not."""
-    lengths = list(range(1, 41))
-    assert len(generate.batches(lengths, 8)) == 5
-    prompts = [np.arange(1, n + 1) % 50 for n in lengths]
+    """One to read prompts for each bucket and height of a group, one to decode; any seed."""
+    prompts = [np.arange(1, n + 1) % 50 for n in range(1, 41)]
     programs: list[Any] = [generate.prefill, generate.decode]
     before = [program._cache_size() for program in programs]
     for seed in (1, 2):
         completions("gpt2_tiny", 5, prompts, seed=seed, sampling=Sampling(0.9))
     made = [p._cache_size() - was for p, was in zip(programs, before, strict=True)]
-    assert made == [2, 2]  # prompts of up to 32 tokens, and of more
+    assert made == [2, 1]  # prompts of up to 32 tokens, and of more
 
 
-def test_buckets_and_batches():
+def test_buckets_and_groups():
     assert [generate.bucket(n, 1000) for n in (1, 32, 33, 64, 65, 600)] == [32, 32, 64, 64, 128,
                                                                             1000]  # fmt: skip
-    lengths = [3, 9, 9, 1, 40]
-    assert generate.batches(lengths, 2) == [[4, 1], [2, 0], [3]]
-
-
-def test_batches_can_be_left_out():
-    whole = completions("gpt2_tiny", 5, batch=2)
-    loaded, prompts = load("gpt2_tiny"), prompts_of("gpt2_tiny")
-    rest = list(generate.generate(loaded.config, SCAN, loaded.variables, prompts, 5, batch=2,
-                                  skip=1))  # fmt: skip
-    assert [[i for i, _ in batch] for batch in rest] == [[0]]
-    np.testing.assert_array_equal(rest[0][0][1].logprobs, whole[0].logprobs)
+    assert generate.heights(32, 64, 1) == (1, 16) and generate.heights(32, 6, 1) == (1, 6)
+    assert generate.heights(1024, 64, 1) == (1, 1) and generate.heights(256, 64, 8) == (8, 16)
+    group = functools.partial(generate.next_group, rows=64, devices=1, largest=1000)
+    assert group(100, 9) == (4, 4, 128) and group(100, 2) == (2, 4, 128)
+    assert group(100, 1) == (1, 1, 128) and group(20, 7) == (1, 1, 32)
+    assert generate.next_group(20, 3, 16, 8, 1000) == (3, 8, 32)
 
 
 def test_the_last_place_of_the_context_can_be_reached():
@@ -430,13 +480,14 @@ import jax, numpy as np
 from core import generate
 from core.checkpoint import load_model
 from core.config import Execution
+from core.sampling import Sampling
 
 loaded = load_model(sys.argv[1])
 with np.load(Path(sys.argv[1]) / "generated.npz") as golden:
-    prompts = [p[:n] for p, n in zip(golden["prompts"], golden["lengths"])] * 3
+    prompts = [p[:n] for p, n in zip(golden["prompts"], golden["lengths"])] * 4
 results = {}
 how = (loaded.config, Execution(layers="scan"), loaded.variables, prompts)
-for batch in generate.generate(*how, 12, generate.Sampling(1.0, 30, 0.9), batch=4):
+for batch in generate.generate(*how, 12, Sampling(1.0, 30, 0.9), batch=4):
     for i, completion in batch:
         results[f"ids {i}"], results[f"logprobs {i}"] = completion.ids, completion.logprobs
 np.savez(sys.argv[2], **results)
@@ -458,7 +509,7 @@ def test_eight_devices_equal_one(tmp_path, close):
         with np.load(out) as file:
             found.append(dict(file))
     one, eight = found
-    assert one.keys() == eight.keys() and len(one) == 2 * 9
+    assert one.keys() == eight.keys() and len(one) == 2 * 12
     for name in one:
         if "ids" in name:
             np.testing.assert_array_equal(one[name], eight[name])

@@ -15,9 +15,11 @@ from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.files import read_jsonl
-from core.generate import Completion, Sampling
+from core.generate import Completion
+from core.sampling import Sampling
 from evals import generation
 from evals.generation import Asked, Prompt, Settings
+from evals.store import Store, generation_key
 from tokenizers.templates import TEMPLATES, template
 
 BYTES = tokenizers.load("bytes")
@@ -234,38 +236,122 @@ def test_a_line_for_each_prompt_in_order(whole, loaded):
     assert shown.count("--- ") == 5 and "--- 1, " in shown
 
 
+class Killed(BaseException):
+    pass
+
+
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_stopped_after_any_batch_it_goes_on_to_the_same_bytes(
+def test_killed_as_a_text_ends_it_goes_on_to_the_same_bytes(
     loaded, tmp_path, whole, after, monkeypatch
 ):
-    append, written = generation.append_jsonl, []
+    append, groups = generation.append_jsonl, []
 
-    class Killed(BaseException):
-        pass
-
-    def cut(path, values):
-        append(path, values)
-        written.append(len(values[0]))
-        if len(written) == after + 1:
-            size = os.path.getsize(path)
-            os.truncate(path, size - 20)  # in the middle of a line
+    def cut(path, lines):
+        append(path, lines)
+        groups.append(len(lines))
+        if len(groups) == after + 1:
+            os.truncate(path, os.path.getsize(path) - 20)  # in the middle of a line
             raise Killed
 
+    journal = tmp_path / "finished.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(generation, "append_jsonl", cut)
         with pytest.raises(Killed):
             run(loaded, tmp_path)
     assert not (tmp_path / "completions.jsonl").exists()
-    assert len(read_jsonl(tmp_path / "batches.jsonl")) == after
-    written.clear()
+    kept = sum(groups) - 1
+    assert len(read_jsonl(journal)) == kept < 5
+    groups.clear()
     with monkeypatch.context() as patch:
-        count = lambda path, values: (written.append(values), append(path, values))  # noqa: E731
+        count = lambda path, lines: (groups.append(len(lines)), append(path, lines))  # noqa: E731
         patch.setattr(generation, "append_jsonl", count)
         assert run(loaded, tmp_path) == whole[0]
-    assert len(written) == 3 - after
+    assert sum(groups) == 5 - kept
     assert (tmp_path / "completions.jsonl").read_bytes() == whole[1]
     assert [f.name for f in tmp_path.iterdir()] == ["completions.jsonl"]
     assert run(loaded, tmp_path) == whole[0]
+
+
+# ----------------------------------------------------------------------------------------- answers
+
+ABOUT = {"model": "f" * 64}
+UNTIL, STOPS = ("e", "t", "\x07"), (9, 50)
+
+
+def answer(loaded, prompts=PROMPTS, until=UNTIL, store=None, tokenizer=BYTES):
+    ids = [prompt.ids for prompt in prompts]
+    return generation.answers(loaded, tokenizer, ids, until, 12, STOPS, SCAN, 2, "test", store)
+
+
+def test_an_answer_ends_and_is_cut_as_the_definition_says(loaded):
+    """Against the tokens that follow without any stop, read one by one."""
+    endless = Settings(12, batch=2)
+    free = generation.complete_all(loaded, BYTES, PROMPTS, endless, SCAN)
+    strings, found = (*UNTIL, "<|endoftext|>"), answer(loaded)
+    for one, text in zip(found, free, strict=True):
+        ends = [n for n in range(1, 13) if text.ids[n - 1] in STOPS or any(
+            s.encode() in BYTES.decode_bytes(text.ids[:n]) for s in strings)]  # fmt: skip
+        end = ends[0] if ends else 12
+        np.testing.assert_array_equal(one.ids, text.ids[:end])
+        wanted = BYTES.decode([i for i in one.ids if i != BYTES.eos])
+        for string in strings:
+            wanted = wanted.split(string)[0]
+        assert one.text == wanted
+    assert {one.reason for one in found} >= {"stop_string", "length"}
+
+
+@pytest.mark.parametrize(
+    "until, control, wanted",
+    [
+        ((), {}, "so #### 41\n#a<x>b"),
+        (("\n#", "####"), {}, "so "),
+        (("####", "\n#"), {}, "so "),
+        (("1\n", "#### 41"), {}, "so #### 4"),  # the first cut takes the second string away
+        (("#### 41", "1\n"), {}, "so "),
+        ((), {"<x>": 60}, "so #### 41\n#ax>b"),
+        (("ab",), {"<": 60, "x": 120, ">": 62}, "so #### 41\n#"),  # once control tokens are out
+    ],
+    ids=range(7),
+)
+def test_the_cut_is_of_the_text_and_in_the_order_of_the_strings(loaded, until, control, wanted):
+    ids = BYTES.encode("so #### 41\n#a<x>b").tolist()
+    tokenizer = dataclasses.replace(BYTES, control={**BYTES.control, **control})
+    known, key = Store(None, ABOUT), generation_key(PROMPTS[0].ids, 12, STOPS, until)
+    known.before[key] = {"ids": ids, "reason": "length"}
+    (found,) = answer(loaded, PROMPTS[:1], until, known, tokenizer)
+    assert (found.text, found.ids.tolist(), found.reason) == (wanted, ids, "length")
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_answers_are_kept_and_a_killed_run_ends_the_same(loaded, tmp_path, after, monkeypatch):
+    twice = [*PROMPTS, PROMPTS[1]]
+    wanted = [(a.text, a.ids.tolist(), a.reason) for a in answer(loaded, twice)]
+    assert wanted[1] == wanted[5]
+    add, added = Store.add, []
+
+    def killed(store, pairs):
+        pairs = list(pairs)
+        added.extend(pairs)
+        add(store, pairs)
+        if len(added) > after:
+            raise Killed
+
+    path = tmp_path / "answers.jsonl"
+    first = Store(path, ABOUT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "add", killed)
+        with pytest.raises(Killed):
+            answer(loaded, twice, store=first)
+    resumed = Store(path, ABOUT, first.size)
+    assert resumed.since == dict(added) and not resumed.before
+    found = answer(loaded, twice, store=resumed)
+    assert [(a.text, a.ids.tolist(), a.reason) for a in found] == wanted
+    lines = read_jsonl(path)[1:]
+    assert len(lines) == 5 == len({line["key"] for line in lines})
+    # Another run finds them all and computes nothing.
+    monkeypatch.setattr(generation, "complete", None)
+    found = answer(loaded, twice, store=Store(path, ABOUT))
+    assert [(a.text, a.ids.tolist(), a.reason) for a in found] == wanted
 
 
 @pytest.mark.parametrize(
