@@ -25,6 +25,7 @@ from core import distributed
 from core.errors import InputError
 from core.inference import overlapped
 from core.progress import Progress
+from core.rows import read_ahead
 from core.rundir import Run
 
 LARGEST = 16e9  # bytes of directions on a device
@@ -103,7 +104,7 @@ def _each(source: Pass) -> Tree:
     config, spec = source.loaded.config, source.spec
     kept_QD = np.zeros((len(source.rows), width(config, spec)), np.float32)
     with Progress(len(source.rows), "query gradients", "row") as bar:
-        for _, (rows_B, features_BD, _) in overlapped(source.plan, source.compute):
+        for _, (rows_B, features_BD, _) in overlapped(read_ahead(source.plan), source.compute):
             check_query(source.rows, rows_B, np.abs(features_BD).max(-1))
             real_B = rows_B >= 0
             kept_QD[rows_B[real_B]] = features_BD[real_B]

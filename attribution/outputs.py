@@ -26,7 +26,7 @@ from core.files import PathLike, atomic, read_json, write_json
 from core.inference import overlapped
 from core.memmap import FilledArray
 from core.progress import Progress
-from core.rows import Rows
+from core.rows import Rows, read_ahead
 from core.rundir import Run
 
 PARTS = "parts"  # the folder of arrays that are put together at the end
@@ -106,7 +106,7 @@ def fill(
         array.next_batch = start
     done = rows_before(cast(Any, source), start)
     with Progress(len(source.share), "attribute score", "row", done) as bar:
-        for _, (rows_B, values) in overlapped(source.plan, compute, start):
+        for _, (rows_B, values) in overlapped(read_ahead(source.plan, start), compute):
             for name, array in arrays.items():
                 value = values[name]
                 check_finite(

@@ -32,7 +32,7 @@ from core.files import PathLike, atomic, read_json, require_space, sha256_file, 
 from core.inference import overlapped, placer
 from core.memmap import FilledArray, Parts, checksum, open_array
 from core.progress import Progress
-from core.rows import Batch, Plan, Rows
+from core.rows import Batch, Plan, Rows, read_ahead
 from core.rundir import Run
 from core.sharding import local_mesh, over_rows, place, replicated
 
@@ -233,7 +233,8 @@ def rows_before(source: Pass | Store, batch: int) -> int:
 
 def batches(source: Pass | Store, compute: Any, start: int = 0) -> Iterator[Any]:
     """(batch, compute(Features) on the host) for each batch of a source, from number `start`."""
-    return overlapped(source.plan, lambda batch: compute(source.compute(batch)), start)
+    batches = read_ahead(source.plan, start)
+    return overlapped(batches, lambda batch: compute(source.compute(batch)))
 
 
 def check_finite(rows: Rows, rows_B: np.ndarray, values_B: np.ndarray) -> None:

@@ -9,6 +9,12 @@ of the tokens just seen; filled, one token per row is written into it and attend
 S holds the newest position p with p % S == s, so a cache of `window` slots is a ring that forgets
 what a sliding layer may no longer see. It lies as the two products read it, keys [B,G,K,S] and
 values [B,G,S,K]: turning it anew for each token costs ten times the products.
+
+The `tree` collection makes a row a packed forest of texts that share beginnings: its tokens lie in
+depth-first order, `ends` [B,T] says where the subtree of each ends, and token i sees token j iff
+j <= i < ends[j]. Positions are depths, by which a sliding layer's window is measured. With the
+collection `prefix` (`k` and `v`, [1,P,G,K] a layer), the first `tree/prefix` of P tokens stand at
+positions 0, 1, ... before every row.
 """
 
 from typing import NamedTuple
@@ -21,7 +27,9 @@ from flax import linen as nn
 from core.schema import Params
 
 MASKED = -1e30
-CACHE = "cache"
+CACHE, TREE, PREFIX = "cache", "tree", "prefix"
+# Of a tree at once, at least: many scores are never formed, the others stay in a CPU's cache.
+QUERIES = 64
 
 
 class Rotation(NamedTuple):
@@ -104,7 +112,53 @@ def attend(
     if block.is_mutable_collection(CACHE):
         block.put_variable(CACHE, "k", k_BTGK)
         block.put_variable(CACHE, "v", v_BTGK)
+    if block.has_variable(TREE, "ends"):
+        return _attend_tree(block, q_BTHK, k_BTGK, v_BTGK, positions_BT, scale, window)
     return causal_attention(q_BTHK, k_BTGK, v_BTGK, scale, window)
+
+
+def _attend_tree(
+    block: nn.Module,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    positions_BT: jax.Array,
+    scale: float,
+    window: jax.Array | None,
+) -> jax.Array:
+    ends_BT = block.get_variable(TREE, "ends")
+    tokens_T = jnp.arange(ends_BT.shape[1], dtype=ends_BT.dtype)
+    visible_BTS = (tokens_T[:, None] >= tokens_T[None])[None]
+    visible_BTS &= tokens_T[None, :, None] < ends_BT[:, None]
+    at_BS, k_BSGK, v_BSGK = positions_BT, k_BTGK, v_BTGK
+    if block.has_variable(PREFIX, "k"):
+        b, t = ends_BT.shape
+        first_1PGK = block.get_variable(PREFIX, "k"), block.get_variable(PREFIX, "v")
+        p = first_1PGK[0].shape[1]
+        at_1P = jnp.arange(p, dtype=positions_BT.dtype)[None]
+        seen_1P = at_1P < block.get_variable(TREE, "prefix")
+        visible_BTS = jnp.concatenate(
+            [jnp.broadcast_to(seen_1P[:, None], (b, t, p)), visible_BTS], axis=2
+        )
+        at_BS = jnp.concatenate([jnp.broadcast_to(at_1P, (b, p)), at_BS], axis=1)
+        k_BSGK, v_BSGK = (
+            jnp.concatenate([jnp.broadcast_to(x, (b, *x.shape[1:])), own], axis=1)
+            for x, own in zip(first_1PGK, (k_BTGK, v_BTGK), strict=True)
+        )
+    if window is not None:
+        visible_BTS &= positions_BT[:, :, None] - at_BS[:, None] < window
+    k_BGKS, v_BGSK = jnp.transpose(k_BSGK, (0, 2, 3, 1)), jnp.swapaxes(v_BSGK, 1, 2)
+    t, before = ends_BT.shape[1], k_BSGK.shape[1] - ends_BT.shape[1]
+    size = max(QUERIES, -(-t // 4))
+    parts = []
+    for start in range(0, t, size):
+        stop = min(start + size, t)
+        some, seen = slice(start, stop), slice(0, before + stop)
+        visible_BQS = visible_BTS[:, some, seen]
+        parts.append(
+            _attention(q_BTHK[:, some], k_BGKS[..., seen], v_BGSK[:, :, seen], visible_BQS, scale)
+        )
+    return jnp.concatenate(parts, axis=1)
 
 
 def _attend_cached(

@@ -1,6 +1,6 @@
 """Running a model over many batches without a gradient."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,14 +14,13 @@ from core.rows import Batch, read_ahead
 token_losses = jax.jit(model.full_precision(model.token_losses), static_argnums=(0, 1))
 
 
-def overlapped(batches: Any, compute: Callable[[Batch], Any], start: int = 0) -> Iterator[Any]:
-    """(batch, result on the host) of a random-access source of batches, from number `start`.
+def overlapped(batches: Iterable[Any], compute: Callable[[Any], Any]) -> Iterator[Any]:
+    """(batch, result on the host) of each batch.
 
-    The device works on one batch while the host deals with the one before, and grain loads the
-    next ones.
+    The device works on one batch while the host deals with the one before.
     """
-    waiting: tuple[Batch, Any] | None = None
-    for batch in read_ahead(batches, start):
+    waiting: tuple[Any, Any] | None = None
+    for batch in batches:
         ahead = (batch, compute(batch))
         if waiting is not None:
             yield waiting[0], jax.device_get(waiting[1])
@@ -48,4 +47,4 @@ def batch_losses(
     def compute(batch: Batch) -> jax.Array:
         return token_losses(config, execution, variables, *place(batch))
 
-    return overlapped(batches, compute)
+    return overlapped(read_ahead(batches), compute)

@@ -9,7 +9,7 @@ label-aligned: entry t belongs to predicting token t, and entry 0 is always zero
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from core import families, loss
-from core.attention import CACHE
+from core.attention import CACHE, PREFIX, TREE
 from core.config import Execution, ModelConfig
 from core.linear import catch, tap
 from core.loss import NLL, Objective
@@ -40,13 +40,16 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Decoder(nn.Module):
-    """ids [B,T] -> final hidden states [B,T,D], in the compute dtype."""
+    """ids [B,T] -> final hidden states [B,T,D], in the compute dtype.
+
+    positions_BT: of the tokens; None = 0, 1, ... in every row.
+    """
 
     config: ModelConfig
     execution: Execution
 
     @nn.compact
-    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+    def __call__(self, ids_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
         c, family, dtype = self.config, families.of(self.config), self.execution.compute_dtype
         unroll = self.execution.unroll(c.layers)
         axes: Any = (nn.broadcast, 0)  # of places and kinds
@@ -64,13 +67,15 @@ class Decoder(nn.Module):
             layer = nn.remat(layer, prevent_cse=unroll > 1, policy=policy)
         stack = nn.scan(
             layer,
-            variable_axes={"params": 0, "lora": 0, "sinks": 0, "taps": 0, CACHE: 0},
+            variable_axes={"params": 0, "lora": 0, "sinks": 0, "taps": 0, CACHE: 0, PREFIX: 0},
+            variable_broadcast=TREE,
             split_rngs={"params": True, "dropout": True},
             in_axes=axes,
             length=c.layers,
             unroll=unroll,
         )
-        positions_BT = jnp.arange(ids_BT.shape[1])[None]  # the same for every row
+        if positions_BT is None:
+            positions_BT = jnp.arange(ids_BT.shape[1])[None]  # the same for every row
         places = family.places(c, positions_BT, dtype)
         x_BTD = family.Embed(c, dtype, name="embed")(ids_BT, positions_BT)
         x_BTD, _ = stack(family.Block(c, name="blocks"), x_BTD, places, family.kinds(c))
@@ -92,6 +97,49 @@ def hidden(
     """Final hidden states [B,T,D]. dropout: a key turns on the dropout of an adapter's input."""
     rngs = None if dropout is None else {"dropout": dropout}
     return cast(jax.Array, Decoder(config, execution).apply(variables, ids_BT, rngs=rngs))
+
+
+class Prefix(NamedTuple):
+    """A beginning that rows share: keys and values [L,1,P,G,K]; `length` of its P tokens count."""
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
+
+
+def prefix_of(
+    config: ModelConfig,
+    execution: Execution,
+    variables: Variables,
+    ids_1P: jax.Array,
+    length: jax.Array,
+) -> Prefix:
+    """Read a beginning of `length` tokens, padded on the right."""
+    _, seen = Decoder(config, execution).apply(variables, ids_1P, mutable=[CACHE])
+    held = cast(Params, seen)[CACHE]["blocks"]
+    return Prefix(held["k"], held["v"], length)
+
+
+def tree_hidden(
+    config: ModelConfig,
+    execution: Execution,
+    variables: Variables,
+    ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    ends_BT: jax.Array,
+    prefix: Prefix | None = None,
+) -> jax.Array:
+    """Final hidden states [B,T,D] of rows of trees (see `core.attention`).
+
+    positions_BT: depths, those of the prefix included. ends_BT: one past the subtree of each token;
+    of padding its own place + 1.
+    """
+    tree: dict[str, jax.Array] = {"ends": ends_BT}
+    if prefix is not None:
+        tree["prefix"] = prefix.length
+        variables = {**variables, PREFIX: {"blocks": {"k": prefix.keys, "v": prefix.values}}}
+    variables = {**variables, TREE: {"blocks": tree}}
+    return cast(jax.Array, Decoder(config, execution).apply(variables, ids_BT, positions_BT))
 
 
 def taps(

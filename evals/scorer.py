@@ -1,40 +1,45 @@
-"""Multiple choice by log-probability: which continuation does the model find most likely?
+"""Log-probabilities of continuations, and multiple choice by them: which one is the likeliest?
 
     logprob(choice) = sum_t log p(choice_t | context, choice_<t)
     acc: the choice of greatest logprob;  acc_norm: of greatest logprob / characters of the choice
 
 Definitions follow lm-evaluation-harness 0.4.13; its mixed-length grouping bug is not repeated.
 
-Position p of a causal model sees ids[:p + 1] only. So an input that is the beginning of another is
-read there: the four letters of an exam question cost one row. And only hidden states that predict a
-choice's token meet the output matrix: no other logits are formed.
-
-Dims: B rows, T tokens, K predictions asked of a row, D width, V vocabulary.
+What is read is planned without a model (`evals.plan`), each token that prompts share once, and runs
+through few compiled programs (`evals.programs`).
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from core import loss, model, sharding
+from core import sharding
 from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.files import PathLike, write_json, write_jsonl
+from core.inference import overlapped
 from core.model import Variables
 from core.progress import Progress
-from core.rows import IGNORED, Plan, Rows, read_ahead
 from evals.items import Item, Prompt, characters, keep_last, tokenise
+from evals.metrics import CLOSE, margin
+from evals.plan import TARGETS, Batch, Plan
+from evals.programs import Programs, chunk_size
 from evals.statistics import mean_stderr
+from evals.store import Store, prompt_key
 from tokenizers import Tokenizer
 
-# Nats between the two best choices below which rounding may decide (reported, never hidden).
-CLOSE = 1e-3
+
+class Score(NamedTuple):
+    """log p(continuation | context) in nats; greedy: whether each token of it was the most likely
+    one (of equals the lowest)."""
+
+    logprob: float
+    greedy: bool
 
 
 class ItemResult(NamedTuple):
@@ -75,8 +80,8 @@ class ItemResult(NamedTuple):
 
     @property
     def close(self) -> bool:
-        best = sorted(self.logprobs)[-2:]
-        return len(best) == 2 and best[1] - best[0] < CLOSE
+        """Whether rounding may have decided between the two best choices."""
+        return margin(self.logprobs) < CLOSE
 
     def to_json(self) -> dict[str, Any]:
         derived = ("pred", "pred_norm", "acc", "acc_norm", "answer_logprob")
@@ -99,7 +104,10 @@ def score_items(
     """
     size = loaded.config.context + 1  # the last token is predicted, not read
     found = [tokenise(tokenizer, item.context, item.choices) for item in items]
-    kept = [[keep_last(p, size, item) for p in f] for f, item in zip(found, items, strict=True)]
+    kept = [
+        [keep_last(p, size, f"item {item.id!r}") for p in prompts]
+        for prompts, item in zip(found, items, strict=True)
+    ]
     for item, prompts in zip(items, kept, strict=True):
         top = max(int(p.ids.max()) for p in prompts)
         if top >= loaded.config.vocab_size:
@@ -108,12 +116,12 @@ def score_items(
                 f"vocabulary of {loaded.config.vocab_size}; use the model's own tokenizer"
             )
     every = [prompt for prompts in kept for prompt in prompts]
-    scores = iter(prompt_logprobs(loaded, every, execution, batch_tokens, label))
+    scores = iter(score_prompts(loaded, every, execution, batch_tokens, label))
     return [
         ItemResult(
             id=item.id,
             label=item.label,
-            logprobs=tuple(next(scores) for _ in after),
+            logprobs=tuple(next(scores).logprob for _ in after),
             lengths=tuple(map(characters, item.choices)),
             tokens=tuple(len(p.ids) - p.start for p in after),
             truncated=sum(len(p.ids) > size for p in before),
@@ -123,99 +131,107 @@ def score_items(
     ]
 
 
-class Batch(NamedTuple):
-    """Inputs and what is asked of them: `targets` after position `at`; rows_B -1 = padding."""
-
-    ids_BT: np.ndarray
-    at_BK: np.ndarray
-    targets_BK: np.ndarray
-    rows_B: np.ndarray
-
-
-class Inputs:
-    """The token sequences that must be read, each once, to score all prompts; a batch source.
-
-    Their order and batches depend on the set of prompts, not on its order.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], batch_tokens: int):
-        self.ids: list[np.ndarray] = []
-        self.asked: list[dict[tuple[int, int], int]] = []  # (position, token) -> place
-        self.places: list[tuple[int, list[int]]] = [(0, [])] * len(prompts)
-        # Big-endian bytes sort like the ids; descending, an input follows those it begins.
-        keys = [prompt.ids[:-1].astype(">i4").tobytes() for prompt in prompts]
-        longest = b""
-        for i in sorted(range(len(prompts)), key=keys.__getitem__, reverse=True):
-            ids, start, _ = prompts[i]
-            if not longest.startswith(keys[i]):
-                longest = keys[i]
-                self.ids.append(ids[:-1])
-                self.asked.append({})
-            asked, wanted = self.asked[-1], enumerate(ids[start:].tolist(), start - 1)
-            self.places[i] = len(self.ids) - 1, [asked.setdefault(w, len(asked)) for w in wanted]
-        self.lengths = np.array([len(ids) for ids in self.ids])
-        self.plan = Plan(cast(Rows, self), batch_tokens, jax.device_count())
-        self.most: dict[int, int] = {}  # K of each padded length
-        for chosen, length in self.plan.batches:
-            counts = [len(self.asked[i]) for i in chosen if i >= 0]
-            self.most[length] = max(self.most.get(length, 0), *counts)
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, k: int) -> Batch:
-        chosen, length = self.plan.batches[k]
-        shape = (len(chosen), self.most[length])
-        ids_BT = np.zeros((len(chosen), length), np.int32)
-        at_BK, targets_BK = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
-        for b, i in enumerate(chosen):
-            if i >= 0:
-                ids_BT[b, : self.lengths[i]] = self.ids[i]
-                at_BK[b, : len(self.asked[i])], targets_BK[b, : len(self.asked[i])] = zip(
-                    *self.asked[i], strict=True
-                )
-        return Batch(ids_BT, at_BK, targets_BK, chosen)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "execution"))
-@model.full_precision
-def asked_losses(
+def make_plan(
+    prompts: Sequence[Prompt],
     config: ModelConfig,
     execution: Execution,
-    variables: Variables,
-    ids_BT: jax.Array,
-    at_BK: jax.Array,
-    targets_BK: jax.Array,
-) -> jax.Array:
-    """-log p(targets[k] | ids[: at[k] + 1]) in nats, float32 [B,K]; 0 where the target is -100."""
-    h_BTD = model.hidden(config, execution, variables, ids_BT)
-    h_BKD = jnp.take_along_axis(h_BTD, at_BK[..., None], axis=1)
-    chunk = execution.tokens_per_chunk(config.vocab_size)
-    w_VD = model.head(config, variables["params"])
-    return loss.token_nll(h_BKD, w_VD, targets_BK, chunk)
+    batch_tokens: int,
+    mesh: Mesh,
+) -> Plan:
+    """The batches of `prompts` for this model, on these devices."""
+    c = config
+    weights = c.width * (2 * (c.heads + c.groups) * c.head_dim + 3 * c.mlp_width)
+    # Half of all pairs of tokens are formed; a softmax costs some 100 operations for each.
+    span = max(4 * weights // (c.heads * (4 * c.head_dim + 100)), 1)
+    return Plan(prompts, batch_tokens, mesh.shape["data"], chunk_size(config, execution), span)
 
 
-def prompt_logprobs(
-    loaded: Loaded, prompts: Sequence[Prompt], execution: Execution, batch_tokens: int, label: str
-) -> list[float]:
-    """log p(continuation | context) of each prompt in nats, summed over its tokens."""
-    inputs, mesh = Inputs(prompts, batch_tokens), sharding.make_mesh()
+def compile_plan(plan: Plan, programs: Programs) -> None:
+    """Compile all that `plan` needs and `programs` lacks, in the order of first use."""
+    for shape in plan.shapes:
+        if shape.prefix:
+            programs.get(shape.prefix)
+        programs.get(shape)
+
+
+def run_plan(plan: Plan, programs: Programs, variables: Variables) -> list[Score]:
+    """The score of each prompt that was planned."""
+    found: dict[int, Score] = {}
+    for scored in run_batches(plan, programs, variables):
+        found |= scored
+    return [found[i] for i in range(len(plan.asked))]
+
+
+def run_batches(
+    plan: Plan, programs: Programs, variables: Variables, known: Set[int] = frozenset()
+) -> Iterator[dict[int, Score]]:
+    """Scores by the prompt's number, batch by batch; but batches of only `known` ones are left out.
+
+    InputError where a log-probability is not finite.
+    """
+    held, prefix = -1, None
+
+    def place(array: np.ndarray, split: bool) -> jax.Array:
+        where = sharding.over_rows if split else sharding.replicated
+        return sharding.place(array, where(programs.mesh))
+
+    def compute(batch: Batch) -> tuple[jax.Array, jax.Array]:
+        nonlocal held, prefix
+        if batch.prefix != held:
+            held, prefix = batch.prefix, None
+            if held >= 0:
+                given = (place(array, False) for array in plan.prefix(held))
+                prefix = programs.get(batch.shape.prefix)(variables, *given)
+        rows = (place(array, True) for array in batch.arrays)
+        return programs.get(batch.shape)(variables, prefix, *rows)
+
+    left = plan.without(known)
+    batches = map(left.__getitem__, range(len(left)))
+    for batch, (logprobs_nCK, best_nC) in overlapped(batches, compute):
+        logprobs = logprobs_nCK.reshape(-1, TARGETS)[batch.entries, batch.columns]
+        if not np.isfinite(logprobs).all():
+            raise InputError(
+                "the model gives log-probabilities that are not finite; its weights are damaged or "
+                "it diverged"
+            )
+        greedy = best_nC.reshape(-1)[batch.entries] == batch.tokens
+        sums = np.add.reduceat(logprobs.astype(np.float64), batch.firsts)
+        all_greedy = np.logical_and.reduceat(greedy, batch.firsts)
+        scores = map(Score, sums.tolist(), all_greedy.tolist())
+        yield dict(zip(batch.prompts.tolist(), scores, strict=True))
+
+
+def score_prompts(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    execution: Execution,
+    batch_tokens: int,
+    label: str,
+    store: Store | None = None,
+) -> list[Score]:
+    """The score of each prompt, in their order; those that are equal are planned once.
+
+    batch_tokens: tokens of a batch, padding included. label: of the progress line. store: gives the
+    answers that it has and keeps the new ones, batch by batch. InputError where a log-probability
+    is not finite.
+    """
+    store = store or Store(None, {})
+    keys = [prompt_key(prompt.ids, prompt.start) for prompt in prompts]
+    found = {key: Score(*store.before[key]) for key in keys if key in store.before}
+    left = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+    names, mesh = [*left], sharding.make_mesh()
+    plan = make_plan([*left.values()], loaded.config, execution, batch_tokens, mesh)
     variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
-    nll: list[np.ndarray] = [np.zeros(0)] * len(inputs.ids)
-    with Progress(int(inputs.lengths.sum()), label, "tokens") as bar:
-        for batch in read_ahead(inputs):
-            arrays = (sharding.place(x, sharding.over_rows(mesh)) for x in batch[:3])
-            nll_BK = np.asarray(asked_losses(loaded.config, execution, variables, *arrays))
-            if not np.isfinite(nll_BK).all():
-                raise InputError(
-                    f"model {loaded.fingerprint[:12]} gives log-probabilities that are not finite; "
-                    "its weights are damaged or it diverged"
-                )
-            real = batch.rows_B >= 0
-            for i, nll_K in zip(batch.rows_B[real], nll_BK[real], strict=True):
-                nll[i] = nll_K
-            bar.update(int(inputs.lengths[batch.rows_B[real]].sum()))
-    return [-float(nll[i][places].sum(dtype=np.float64)) for i, places in inputs.places]
+    programs = Programs(loaded.config, execution, variables, mesh)
+    known = {i: Score(*store.since[key]) for i, key in enumerate(names) if key in store.since}
+    found |= {names[i]: score for i, score in known.items()}
+    with Progress(len(names), label, "prompts", start=len(known)) as bar:
+        for scored in run_batches(plan, programs, variables, known.keys()):
+            fresh = {names[i]: score for i, score in scored.items() if i not in known}
+            store.add(fresh.items())
+            found |= fresh
+            bar.update(len(fresh))
+    return [found[key] for key in keys]
 
 
 def summarise(results: Sequence[ItemResult]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from core.config import Execution, ModelConfig
 from core.inference import batch_losses, overlapped
 from core.model import Variables
 from core.progress import Progress
-from core.rows import Batch, Plan, Rows
+from core.rows import Batch, Plan, Rows, read_ahead
 
 K1, B = 1.2, 0.75
 
@@ -91,7 +91,7 @@ def _embedded(
         return _directions(loaded.config, execution, variables, *arrays)
 
     plan = Plan(rows, batch_tokens, jax.local_device_count())
-    for batch, unit_BD in overlapped(plan, compute):
+    for batch, unit_BD in overlapped(read_ahead(plan), compute):
         real_B = batch.rows_B >= 0
         yield batch.rows_B[real_B], unit_BD[real_B].astype(np.float64)
 
