@@ -27,6 +27,7 @@ from core.command import (
     Group,
     adapter_option,
     batch_tokens_option,
+    benchmark,
     execution,
     execution_options,
     load_model,
@@ -38,6 +39,15 @@ from core.command import (
     show,
     tidy,
     trained_adapter,
+)
+from evals.commands import (
+    TASKS,
+    TASKS_HELP,
+    chat_template_option,
+    data_option,
+    eval_group,
+    watch,
+    watching_options,
 )
 from training.options import training_options, training_settings
 
@@ -72,7 +82,7 @@ def group(name: str, help: str) -> click.Group:
 convert_group = group("convert", "Hugging Face folders to model folders and back.")
 data_group = group("data", "Text and benchmark items to rows of token ids.")
 train_group = group("train", "Training.")
-eval_group = group("eval", "Losses and benchmark scores.")
+cli.add_command(eval_group)
 cli.add_command(attribute_group)
 bench_group = group("bench", "Speed and memory, as ratios measured in one run.")
 
@@ -269,27 +279,57 @@ def data_chat(**opts: Any) -> None:
 
 
 @data_group.command("query")
-@click.argument("items", type=PATH)
+@click.argument("items", type=PATH, required=False)
+@click.option("--tasks", type=TASKS, help=f"instead of items: {TASKS_HELP}")
+@click.option("--split", default="train", help="of the tasks; never one that is evaluated")
+@click.option("--n", "count", type=POSITIVE, default=250, help="examples of each task")
+@click.option("--seed", type=SEED, default=0, help="of the choice of examples")
+@data_option
+@chat_template_option
 @click.option("--tokenizer", type=TOKENIZER, required=True,
               help="a name (bytes, gpt2, gpt2-mul), or a folder or file")  # fmt: skip
 @click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
 @click.option("--choices", type=click.Choice(["gold", "all"]), default="gold",
-              help="a row for the right choice, or one for each (for margins)")  # fmt: skip
-@click.option("--add-eos", is_flag=True, help="also supervise an end-of-text token")
+              help="of items: a row for the right choice, or one for each")  # fmt: skip
+@click.option("--add-eos", is_flag=True,
+              help="also supervise an end of text, or of the assistant's turn")  # fmt: skip
 @out_option
 def data_query(**opts: Any) -> None:
-    """Turn benchmark items into query rows; only the choice is supervised."""
-    from evals.items import read_items
-    from evals.query import build_query
+    """Turn benchmark items into query rows; only the answer is supervised.
 
-    tokenizer = load_tokenizer(opts["tokenizer"])
+    ITEMS is a file of multiple-choice items; with --tasks, the training examples of benchmarks.
+    """
+    from core.errors import InputError
+    from evals.catalogue import select
+    from evals.items import read_items
+    from evals.query import build_query, build_task_query
+    from tokenizers.templates import template
+
+    if (opts["tasks"] is None) == (opts["items"] is None):
+        raise InputError("give either a file of items or --tasks")
+    if opts["tasks"] and opts["choices"] == "all":
+        raise InputError("--choices all is for a file of items; leave it out")
+    tokenizer, chat = load_tokenizer(opts["tokenizer"]), opts["apply_chat_template"]
+    if opts["items"] and chat:
+        raise InputError("--apply-chat-template is for --tasks; leave it out")
     with producing("data query", opts) as folder:
-        if folder is not None:
-            items = read_items(opts["items"])
+        if folder is None:
+            return
+        if opts["tasks"]:
+            info = build_task_query(
+                select([opts["tasks"]]).tasks, tokenizer, opts["split"], opts["count"],
+                opts["length"], folder, opts["data"],
+                chat and template(tokenizer, None if chat == "auto" else chat),
+                opts["seed"], opts["add_eos"],
+            )  # fmt: skip
+            for name, of_task in info["tasks"].items():
+                show(Path(name), of_task, "rows", "left_out")
+        else:
             info = build_query(
-                items, tokenizer, opts["length"], folder, opts["add_eos"], opts["choices"]
-            )
-            show(opts["out"], info, "rows", "tokens", "truncated_items", "alone_choices")
+                read_items(opts["items"]), tokenizer, opts["length"], folder, opts["add_eos"],
+                opts["choices"],
+            )  # fmt: skip
+        show(opts["out"], info, "rows", "tokens", "truncated_items", "alone_choices")
 
 
 @data_group.command("demo")
@@ -324,6 +364,7 @@ def data_demo(**opts: Any) -> None:
 @training_options()
 @click.option("--save-every", type=POSITIVE, default=500, help="steps")
 @click.option("--eval-every", type=POSITIVE, default=250, help="steps")
+@watching_options
 @click.option("--keep", type=POSITIVE, default=2, help="checkpoints")
 @lora_options
 @click.option("--model-parallel", type=POSITIVE, default=1, help="devices to split weights over")
@@ -363,11 +404,13 @@ def train_lm(**opts: Any) -> None:
         optim.check(settings.steps)
         adapter = trained_adapter(opts, loaded)
         recipe_of(config, execution(opts), optim, settings, adapter).optimizer()  # checks --decay
+        measure = watch(opts, config, tokenizer)
         run.inputs(
             rows=rows.sha,
             validation=validation and validation.sha,
             model=loaded and loaded.fingerprint,
             config=config.to_json(),
+            **({"eval_tasks": measure.inputs} if measure else {}),
         )
         if loaded:
             params = loaded.params
@@ -375,56 +418,10 @@ def train_lm(**opts: Any) -> None:
             params = schema.init(families.rows(config), config.layers, opts["seed"])
         summary = train(
             run, config, params, rows, settings, optim, execution(opts), tokenizer, validation,
-            adapter,
+            adapter, measure,
         )  # fmt: skip
         run.finish(**summary)
         show(run.path, summary)
-
-
-# ---------------------------------------------------------------------------------------- eval
-
-
-@eval_group.command("nll")
-@model_option
-@click.option("--rows", type=PATH, required=True)
-@click.option("--out", type=PATH, required=True, help="a .npy file, float32 [N, T]")
-@batch_tokens_option
-@execution_options
-def eval_nll(**opts: Any) -> None:
-    """Per-token negative log-likelihoods, label-aligned, NaN where unsupervised."""
-    from evals.nll import run_nll
-
-    with producing("eval nll", opts, file=True) as file:
-        if file is not None:
-            loaded = load_model(opts["model"], opts["adapter"])
-            rows = load_rows(opts["rows"], loaded)
-            tokenizer = load_tokenizer(None, loaded) if loaded.tokenizer else None
-            summary = run_nll(loaded, rows, file, execution(opts), opts["batch_tokens"], tokenizer)
-            show(opts["out"], summary, "rows", "tokens", "nll", "perplexity", "bits_per_byte")
-
-
-@eval_group.command("run")
-@model_option
-@click.option("--items", type=PATH, required=True, help="multiple-choice items, JSON lines")
-@click.option("--tokenizer", type=TOKENIZER, help="default: the model's own")
-@out_option
-@batch_tokens_option
-@execution_options
-def eval_run(**opts: Any) -> None:
-    """Score multiple-choice items by the log-probability of each choice."""
-    from evals.items import read_items
-    from evals.scorer import run_eval
-
-    with producing("eval run", opts) as folder:
-        if folder is not None:
-            loaded = load_model(opts["model"], opts["adapter"])
-            tokenizer = load_tokenizer(opts["tokenizer"], loaded)
-            items = read_items(opts["items"])
-            results = run_eval(
-                loaded, tokenizer, items, folder, execution(opts), opts["batch_tokens"]
-            )
-            show(opts["out"], results, "items", "acc", "acc_norm", "answer_logprob",
-                 "close_items", "truncated_items", "alone_choices")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ generate
@@ -539,18 +536,14 @@ def bench_attribution(**opts: Any) -> None:
     """Time attribution's passes against value-and-grad, forward and vmap(grad)."""
     from attribution.bench import PROGRAMS, bench, table
     from core.errors import InputError
-    from core.files import atomic, dumps
 
     if unknown := sorted({*opts["programs"]} - {*PROGRAMS}):
         raise InputError(f"--program {unknown[0]} is unknown; known: {', '.join(PROGRAMS)}")
-    with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
-        result = bench(
-            opts["preset"], opts["batch"], opts["length"], opts["projection_dim"], opts["repeats"],
-            opts["programs"] or PROGRAMS, opts["parts"], execution(opts),
-        )  # fmt: skip
-        if file is not None:
-            file.write(f"{dumps(result, indent=2)}\n".encode())
-    click.echo(table(result))
+    benchmark(
+        opts["out"], table, bench,
+        opts["preset"], opts["batch"], opts["length"], opts["projection_dim"], opts["repeats"],
+        opts["programs"] or PROGRAMS, opts["parts"], execution(opts),
+    )  # fmt: skip
 
 
 @bench_group.command("magic")
@@ -567,21 +560,33 @@ def bench_attribution(**opts: Any) -> None:
 def bench_magic(**opts: Any) -> None:
     """Time a training step walked backwards, and what it holds, against the step."""
     from attribution.magic.bench import bench, table
-    from core.files import atomic, dumps
     from training.optim import Optim
 
     momentum = 0.95 if opts["optimizer"] == "muon" else 0.0
     optim = Optim(
         opts["optimizer"], schedule="constant", clip=0.0, eps_root=1e-8, momentum=momentum
     )
-    with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
-        result = bench(
-            opts["preset"], opts["batch"], opts["length"], opts["queries"], optim,
-            0 if opts["memory_only"] else opts["repeats"], opts["reverse"], execution(opts),
-        )  # fmt: skip
-        if file is not None:
-            file.write(f"{dumps(result, indent=2)}\n".encode())
-    click.echo(table(result))
+    benchmark(
+        opts["out"], table, bench,
+        opts["preset"], opts["batch"], opts["length"], opts["queries"], optim,
+        0 if opts["memory_only"] else opts["repeats"], opts["reverse"], execution(opts),
+    )  # fmt: skip
+
+
+@bench_group.command("eval")
+@click.option("--vocab", "vocabularies", type=click.Choice(["1280", "262144"]), multiple=True,
+              default=("1280", "262144"), help="words of the model, may be repeated")  # fmt: skip
+@click.option("--repeats", type=POSITIVE, default=3, help="alternating, of which the median")
+@click.option("--out", type=PATH, help="a .json file for the result")
+@batch_tokens_option
+@execution_options
+def bench_eval(**opts: Any) -> None:
+    """Time the benchmark scorer against one padded row and all logits for each request."""
+    from evals.bench_scorer import CASES, bench, table
+
+    cases = [case for case in CASES if str(case.vocab) in opts["vocabularies"]]
+    how = (opts["batch_tokens"], opts["repeats"], execution(opts))
+    benchmark(opts["out"], table, bench, cases, *how)
 
 
 @bench_group.command("tokenizer")
@@ -592,14 +597,9 @@ def bench_magic(**opts: Any) -> None:
 @click.option("--out", type=PATH, help="a .json file for the result")
 def bench_tokenizer(**opts: Any) -> None:
     """Time a tokenizer on documents of 4 kB, both ways, and its loading."""
-    from core.files import atomic, dumps
     from tokenizers.bench import bench, table
 
-    with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
-        result = bench(opts["tokenizer"], opts["text"], opts["repeats"])
-        if file is not None:
-            file.write(f"{dumps(result, indent=2)}\n".encode())
-    click.echo(table(result))
+    benchmark(opts["out"], table, bench, opts["tokenizer"], opts["text"], opts["repeats"])
 
 
 @bench_group.command("generate")
@@ -612,17 +612,13 @@ def bench_tokenizer(**opts: Any) -> None:
 @execution_options
 def bench_generate(**opts: Any) -> None:
     """Time prefill and decoding against reading all weights once and against no cache."""
-    from core.files import atomic, dumps
     from evals.bench import bench, table
 
-    with atomic(opts["out"]) if opts["out"] else contextlib.nullcontext() as file:
-        result = bench(
-            opts["preset"], opts["batch"], opts["prompt_length"], opts["new_tokens"],
-            opts["repeats"], execution(opts),
-        )  # fmt: skip
-        if file is not None:
-            file.write(f"{dumps(result, indent=2)}\n".encode())
-    click.echo(table(result))
+    benchmark(
+        opts["out"], table, bench,
+        opts["preset"], opts["batch"], opts["prompt_length"], opts["new_tokens"],
+        opts["repeats"], execution(opts),
+    )  # fmt: skip
 
 
 @cli.command("run")

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,6 +172,32 @@ def show(path: Path, values: dict[str, Any], *names: str) -> None:
         elif isinstance(value, int) and value:
             parts.append(f"{name} {value:,}")
     click.echo(tidy(f"{path}: {', '.join(parts)}"))
+
+
+def benchmark(
+    out: Path | None,
+    table: Callable[[dict[str, Any]], str],
+    bench: Callable[..., dict[str, Any]],
+    *arguments: Any,
+) -> None:
+    """Run a benchmark and print its table; `out`, a .json file, is opened before."""
+    from core.files import atomic, dumps
+
+    with atomic(out) if out else contextlib.nullcontext() as file:
+        result = bench(*arguments)
+        if file is not None:
+            file.write(f"{dumps(result, indent=2)}\n".encode())
+    click.echo(table(result))
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, its columns aligned on the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
 
 
 out_option = click.option("--out", type=PATH, required=True, help="folder to make")

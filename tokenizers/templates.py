@@ -130,8 +130,8 @@ def recognise(tokenizer: Tokenizer) -> str:
     names = ", ".join(TEMPLATES)
     if source is None:
         raise TokenizerError(
-            f"tokenizer {tokenizer.name} has no chat template: name one of {names} (--template, --chat"
-            " or --apply-chat-template NAME)"
+            f"tokenizer {tokenizer.name} has no chat template: name one of {names} (--template,"
+            " --chat or --apply-chat-template NAME)"
         )
     mark = hashlib.sha256(normal_form(source).encode()).hexdigest()
     if mark not in KNOWN:

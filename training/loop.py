@@ -8,8 +8,9 @@ import dataclasses
 import signal
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -65,6 +66,17 @@ class Settings:
                              f"over {devices // self.model_parallel} devices")  # fmt: skip
 
 
+class Measure(Protocol):
+    """What else is measured of a model in training, such as benchmarks.
+
+    `begin` is told the layout of the model's arrays before the first step, to compile beside it.
+    """
+
+    def begin(self, variables: Variables, mesh: jax.sharding.Mesh) -> None: ...
+
+    def __call__(self, variables: Variables, mesh: jax.sharding.Mesh) -> Mapping[str, float]: ...
+
+
 def train(
     run: Run,
     config: ModelConfig,
@@ -76,11 +88,13 @@ def train(
     tokenizer: Any = None,
     validation: Rows | None = None,
     adapter: Adapter | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or raise `Preempted` after SIGTERM/SIGINT; returns a summary.
 
     The final model is written to `run.path / "model"`, with the tokenizer. With an adapter, to be
     trained from its factors, `params` stay as they are and `run.path / "adapter"` is written.
+    Every `eval_every` steps and at the end the loss on `validation` and `measure` are logged.
     """
     settings.check(jax.device_count())
     optim.check(settings.steps)
@@ -95,6 +109,9 @@ def train(
     source = TrainingBatches(rows, settings.batch, settings.seed, settings.shuffle, settings.drawn)
     batches = read_ahead(source, start)
     log = _Log(run.path, start, learning_rate(optim, total))
+    watched = validation is not None or measure is not None
+    if measure is not None and start < total:
+        measure.begin(recipe.variables(state.params, frozen), mesh)
     try:
         with log, _Stop() as stop, Progress(total, f"train {run.path.name}", "step", start) as bar:
             for step in range(start + 1, total + 1):
@@ -102,9 +119,13 @@ def train(
                 state, metrics = train_step(recipe, state, *arrays, frozen, key)
                 log.step(step, metrics)
                 last, stopping = step == total, stop.asked
-                if validation is not None and (last or step % settings.eval_every == 0):
-                    variables = recipe.variables(state.params, frozen)
-                    log.validated(step, mean_loss(config, execution, variables, validation))
+                if watched and (last or step % settings.eval_every == 0):
+                    variables, found = recipe.variables(state.params, frozen), {}
+                    if validation is not None:
+                        found["val_loss"] = mean_loss(config, execution, variables, validation)
+                    if measure is not None:
+                        found |= measure(variables, mesh)
+                    log.measured(step, found)
                 if last or stopping or step % settings.save_every == 0:
                     log.flush()
                     saver.save(step, state)
@@ -249,14 +270,15 @@ class _Log:
         shown = {"loss": f"{self.loss:.4f}", "tok/s": f"{self.rate:,.0f}"}
         return shown if self.rate else {}
 
-    def validated(self, step: int, loss: float) -> None:
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
         self._drain()
-        self._add(step, val_loss=loss)
+        self._add(step, **values)
 
     def _add(self, step: int, **values: Any) -> None:
+        """A name with a folder of its own, as in eval/hellaswag/acc, keeps it on the board."""
         self.lines.append({"step": step, **values})
         for name, value in values.items():
-            self.board.add_scalar(f"train/{name}", value, step)
+            self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
     def _drain(self) -> None:
         while self.pending:
