@@ -153,6 +153,17 @@ def read_json(path: PathLike) -> Any:
         raise InputError(f"{path} is not JSON ({error}); the file is damaged") from error
 
 
+def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
+    """The JSON object in a line; InputError, beginning with `where`, for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}); write one object a line") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is no JSON object; write one object a line")
+    return value
+
+
 def read_jsonl(path: PathLike) -> list[Any]:
     """The objects of a JSON-lines file; a last line cut short by a kill is left out."""
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import InputError
+from core.files import parse_object
 from evals.task import Task
 from evals.template import render
 
@@ -116,7 +117,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".jsonl":
             return [
-                _object(line, f"{path} line {number}")
+                parse_object(line, f"{path} line {number}")
                 for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
                 if line.strip()
             ]
@@ -131,16 +132,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path} cannot be read as parquet ({error})") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error})") from error
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); write one object a line") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is no JSON object; write one object a line")
-    return row
 
 
 def _hub(task: Task, split: str) -> Split:

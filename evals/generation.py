@@ -20,7 +20,7 @@ from core import generate
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
-from core.files import PathLike, append_jsonl, read_jsonl, write_jsonl
+from core.files import PathLike, append_jsonl, parse_object, read_jsonl, write_jsonl
 from core.generate import Completion
 from core.progress import Progress
 from core.sampling import GREEDY, Sampling
@@ -306,11 +306,8 @@ def read_asked(path: PathLike) -> list[Asked]:
 
 
 def _parse(line: str, where: str) -> Asked:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}); write one object a line") from error
-    given = {"prompt", "messages"} & fields.keys() if isinstance(fields, dict) else ()
+    fields = parse_object(line, where)
+    given = {"prompt", "messages"} & fields.keys()
     if len(given) != 1:
         raise InputError(f"{where} must be an object with either 'prompt' or 'messages'")
     (name,) = given

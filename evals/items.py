@@ -9,7 +9,6 @@ tokenizers put a blank at the start of the next token (the rules of lm-evaluatio
 `TemplateLM._encode_pair`). A whole text is scored in windows (its `loglikelihood_rolling`).
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import InputError
-from core.files import PathLike
+from core.files import PathLike, parse_object
 from tokenizers import Tokenizer
 
 
@@ -58,12 +57,7 @@ def read_items(path: PathLike) -> list[Item]:
 
 
 def _parse(line: bytes, where: str, default_id: str) -> Item:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); write one object a line") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{where} is no JSON object; write context, choices and label")
+    fields = parse_object(line, where)
 
     def take(name: str, what: str, good: Callable[[Any], bool]) -> Any:
         if name not in fields:

@@ -250,18 +250,31 @@ def load_arm(name: str, entries: list[dict[str, Any]], folder: Path) -> Arm:
 
 def load_items(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Item ids, log-probability of the right answer [I] (nats) and accuracy [I] of one eval."""
-    lines = read_jsonl(path / "items.jsonl")
-    ids = [str(line.get("id", index)) for index, line in enumerate(lines)]
-    if not ids:
-        raise InputError(f"{path / 'items.jsonl'} is empty: run the evaluation again")
-    if len(set(ids)) < len(ids):
+    found = _items(path)
+    if not found:
+        raise InputError(f"{path} holds no items with log-probabilities: run the evaluation again")
+    if len({item for item, _ in found}) < len(found):
         raise InputError(f"{path / 'items.jsonl'} holds an item id twice: give items unique ids")
-    for item, line in zip(ids, lines, strict=True):
+    for item, line in found:
         if not isinstance(line.get("answer_logprob"), int | float):
             raise InputError(f"{path / 'items.jsonl'}: item {item} has no answer_logprob")
-    logprob_I = np.array([line["answer_logprob"] for line in lines], np.float64)
-    acc_I = np.array([line.get("acc", np.nan) for line in lines], np.float64)
-    return ids, logprob_I, acc_I
+    logprob_I = np.array([line["answer_logprob"] for _, line in found], np.float64)
+    acc_I = np.array([line.get("acc", np.nan) for _, line in found], np.float64)
+    return [item for item, _ in found], logprob_I, acc_I
+
+
+def _items(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(id, line) of each item: of an items file, or of all benchmarks but generated answers."""
+    samples = sorted(path.glob("samples_*.jsonl"))
+    if not samples:
+        lines = read_jsonl(path / "items.jsonl")
+        return [(str(line.get("id", number)), line) for number, line in enumerate(lines)]
+    return [
+        (f"{file.stem.removeprefix('samples_')}/{line['doc_id']}", line)
+        for file in samples
+        for line in read_jsonl(file)
+        if line.get("answer_logprob") is not None
+    ]
 
 
 def check_paired(arms: list[Arm]) -> None:

@@ -26,6 +26,7 @@ from core import sharding
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
+from core.files import parse_object
 from core.model import Variables
 from core.progress import Progress
 from evals.generation import answers, default_stops
@@ -54,7 +55,7 @@ class Server:
     add_bos: bool | None
     batch: int
 
-    def answer(self, request: Any) -> Any:
+    def answer(self, request: dict[str, Any]) -> Any:
         """The result of one request; InputError or TokenizerError for what cannot be answered."""
         methods = {
             "info": lambda _: self.info(),
@@ -63,11 +64,10 @@ class Server:
             "generate_until": self.generate_until,
             "chat": self.chat,
         }
-        fields = request if isinstance(request, dict) else {}
-        chosen = methods.get(str(fields.get("method")))
+        chosen = methods.get(str(request.get("method")))
         if chosen is None:
             raise InputError(f"a request needs 'id', 'args' and a 'method' of {', '.join(methods)}")
-        return chosen(fields.get("args"))
+        return chosen(request.get("args"))
 
     def info(self) -> dict[str, Any]:
         return {
@@ -203,19 +203,11 @@ def serve(
     length = min(max_length or loaded.config.context, loaded.config.context)
     server = Server(loaded, tokenizer, execution, batch_tokens, length, add_bos, batch)
     for line in lines_in:
-        request: Any = None
+        request: dict[str, Any] = {}
         try:
-            request = _parse(line)
+            request = parse_object(line, "a request")
             answer = {"result": server.answer(request)}
         except (InputError, TokenizerError) as error:
             answer = {"error": str(error)}
-        mark = request.get("id") if isinstance(request, dict) else None
-        lines_out.write(json.dumps({"id": mark, **answer}) + "\n")
+        lines_out.write(json.dumps({"id": request.get("id"), **answer}) + "\n")
         lines_out.flush()
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"a request is not JSON ({error}); write one object a line") from error

@@ -87,7 +87,7 @@ def test_texts_of_a_file(tmp_path):
         ("p.txt", b"\xff", "not UTF-8"),
         ("p.txt", b"\n \n", "holds no prompts"),
         ("p.jsonl", b"{", "line 1 is not JSON"),
-        ("p.jsonl", b"[]", "line 1 must be an object"),
+        ("p.jsonl", b"[]", "line 1 is no JSON object"),
         ("p.jsonl", b'{"text": "a"}', "'prompt' or 'messages'"),
         ("p.jsonl", b'{"prompt": "a", "messages": []}', "either 'prompt' or 'messages'"),
         ("p.jsonl", b'{"prompt": 3}', "'prompt' must be a string"),

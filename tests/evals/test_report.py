@@ -14,6 +14,7 @@ from core.files import jsonable, read_json, read_jsonl, write_json, write_jsonl,
 from core.rows import load_rows, save_rows
 from evals import report_tokens
 from evals.report import SPEC_KEYS, build_report
+from evals.report_data import load_items
 from evals.report_rows import Text
 from evals.report_text import decode, duration, esc, listed, num, percent, shortened, typeset
 
@@ -99,6 +100,16 @@ def write_eval(folder: Path, logprob_I: np.ndarray) -> None:
         for i, v in enumerate(logprob_I)
     ]  # fmt: skip
     write_jsonl(folder / "items.jsonl", lines)
+
+
+def test_an_eval_of_benchmarks_has_their_items(tmp_path):
+    lines = [{"doc_id": i, "acc": 1.0, "answer_logprob": -float(i)} for i in range(3)]
+    write_jsonl(tmp_path / "samples_arc_easy.jsonl", lines)
+    write_jsonl(tmp_path / "samples_piqa.jsonl", lines[:1])
+    write_jsonl(tmp_path / "samples_gsm8k.jsonl", [{"doc_id": 0, "answer_logprob": None}])
+    ids, logprob_I, acc_I = load_items(tmp_path)
+    assert ids == ["arc_easy/0", "arc_easy/1", "arc_easy/2", "piqa/0"]
+    assert logprob_I.tolist() == [0, -1, -2, 0] and acc_I.tolist() == [1] * 4
 
 
 def write_run(

@@ -161,7 +161,7 @@ def test_a_template_without_a_system_role_says_so(loaded, monkeypatch, capsys):
     "line, wanted",
     [
         ("{\n", "not JSON"),
-        ("[]\n", "a request needs"),
+        ("[]\n", "a request is no JSON object"),
         (request("dance", {}), "a request needs 'id', 'args' and a 'method' of info"),
         ('{"method": []}', "a request needs"),
         (request("loglikelihood", [["a"]]), r"args\[0\] is \['a'\]"),
