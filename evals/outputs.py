@@ -33,7 +33,10 @@ def sha(text: str) -> str:
 
 
 def samples(judged: Judged, settings: Settings) -> list[dict[str, Any]]:
-    """The lines of samples_<task>.jsonl: one for each filter and item."""
+    """The lines of samples_<task>.jsonl: one for each filter and item.
+
+    ctx_tokens: of each request, or once if all requests have the same.
+    """
     return [
         _sample(judged, settings, name, n)
         for name in metrics.filters(judged.asked.task)
@@ -46,6 +49,7 @@ def _sample(judged: Judged, settings: Settings, filter_name: str, n: int) -> dic
     question, read = asked.questions[n], asked.prompts[n]
     measured, target = judged.of_items[n][filter_name], _target(question)
     arguments = _arguments(asked.task, question, settings)
+    contexts = [prompt.ids[: prompt.start] for prompt in read]
     doc = json.dumps(jsonable(question.doc.row), indent=2, ensure_ascii=False)
     return {
         "doc_id": question.doc.index,
@@ -62,7 +66,7 @@ def _sample(judged: Judged, settings: Settings, filter_name: str, n: int) -> dic
         "doc_hash": sha(doc),
         "prompt_hash": sha(arguments[0][0]),
         "target_hash": sha(str(target)),
-        "ctx_tokens": [prompt.ids[: prompt.start] for prompt in read],
+        "ctx_tokens": contexts[:1] if len({*map(bytes, contexts)}) == 1 else contexts,
         "cont_tokens": [prompt.ids[prompt.start :] for prompt in read],
         "truncated": asked.truncated[n],
         "alone": asked.alone[n],

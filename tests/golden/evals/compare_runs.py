@@ -197,6 +197,7 @@ def _compare_asked(
         found = [arguments["arg_1"] for arguments in line["arguments"].values()]
         tally.check("prompts", found == sample["continuation"], f"{where}: {found}")
     before, after = line["ctx_tokens"], line["cont_tokens"]
+    before = before * len(after) if len(before) == 1 else before
     if "cont_tokens" in sample and "context" not in sample:  # a long text in windows
         whole, wanted = [i for ids in after for i in ids], sample["cont_tokens"]
         wanted = wanted[0] if isinstance(wanted, list) and isinstance(wanted[0], list) else wanted
