@@ -252,7 +252,7 @@ def _told(one: Judged) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> str:
     """results.json for people: a line a metric, and below what may have spoilt the numbers."""
     ours, subtasks = found["taproot"], found["group_subtasks"]
-    inner = {member for members in subtasks.values() for member in members}
+    group_of = {member: group for group, members in subtasks.items() for member in members}
     rows: list[tuple[str, ...]] = [("task", "n", "shots", "metric", "value", "stderr", "95 %")]
 
     def add(name: str, depth: int) -> None:
@@ -260,11 +260,13 @@ def table(found: Mapping[str, Any]) -> str:
         if result is not None:
             rows.extend(_table_rows(name, depth, result, found))
         for member in subtasks.get(name, ()):
-            add(member, depth + 1)
+            add(member, depth + (result is not None))
 
-    for name in [*subtasks, *found["configs"]]:
-        if name not in inner:
-            add(name, 0)
+    def root(name: str) -> str:
+        return root(group_of[name]) if name in group_of else name
+
+    for name in dict.fromkeys(map(root, found["configs"])):
+        add(name, 0)
     return "\n".join([columns(rows), *_remarks(ours)])
 
 
