@@ -43,6 +43,7 @@ from core.command import (
 from evals.commands import (
     TASKS,
     TASKS_HELP,
+    chat_template,
     chat_template_option,
     data_option,
     eval_group,
@@ -303,24 +304,22 @@ def data_query(**opts: Any) -> None:
     from evals.catalogue import select
     from evals.items import read_items
     from evals.query import build_query, build_task_query
-    from tokenizers.templates import template
 
     if (opts["tasks"] is None) == (opts["items"] is None):
         raise InputError("give either a file of items or --tasks")
     if opts["tasks"] and opts["choices"] == "all":
         raise InputError("--choices all is for a file of items; leave it out")
-    tokenizer, chat = load_tokenizer(opts["tokenizer"]), opts["apply_chat_template"]
-    if opts["items"] and chat:
+    if opts["items"] and opts["apply_chat_template"]:
         raise InputError("--apply-chat-template is for --tasks; leave it out")
+    tokenizer = load_tokenizer(opts["tokenizer"])
+    chat = chat_template(opts["apply_chat_template"], tokenizer)
     with producing("data query", opts) as folder:
         if folder is None:
             return
         if opts["tasks"]:
             info = build_task_query(
                 select([opts["tasks"]]).tasks, tokenizer, opts["split"], opts["count"],
-                opts["length"], folder, opts["data"],
-                chat and template(tokenizer, None if chat == "auto" else chat),
-                opts["seed"], opts["add_eos"],
+                opts["length"], folder, opts["data"], chat, opts["seed"], opts["add_eos"],
             )  # fmt: skip
             for name, of_task in info["tasks"].items():
                 show(Path(name), of_task, "rows", "left_out")

@@ -72,6 +72,8 @@ asking_options = options(
                  help="of a generated answer; default: each task's own"),
     click.option("--stop-at-turn-end/--no-stop-at-turn-end", default=True,
                  help="with a chat template, its end of turn ends an answer"),
+    click.option("--bootstrap", type=NATURAL, default=100_000,
+                 help="resamples of a perplexity's standard error; 0 = none"),
 )  # fmt: skip
 
 
@@ -81,7 +83,16 @@ watching_options = options(
     click.option("--eval-data", type=PATH, help="as --data of eval run"),
     click.option("--eval-num-fewshot", help="as --num-fewshot of eval run"),
     click.option("--eval-limit", type=Finite(0, min_open=True), help="as --limit of eval run"),
+    click.option("--eval-chat-template", is_flag=False, flag_value="auto", metavar="[NAME]",
+                 help="as --apply-chat-template of eval run"),
 )  # fmt: skip
+
+
+def chat_template(name: str | None, tokenizer: Any) -> Any:
+    """The template by `chat_template_option`, None for none."""
+    from tokenizers.templates import template
+
+    return name and template(tokenizer, None if name == "auto" else name)
 
 
 def shots_of(text: str | None) -> dict[str, int]:
@@ -112,7 +123,8 @@ def watch(opts: dict[str, Any], config: Any, tokenizer: Any) -> Any:
         raise InputError("--eval-tasks needs a tokenizer; name it with --tokenizer")
     chosen = select([opts["eval_tasks"]])
     shots = shots_of(opts["eval_num_fewshot"])
-    settings = Settings(opts["eval_data"], shots, opts["eval_limit"], bootstrap=0)
+    chat = chat_template(opts["eval_chat_template"], tokenizer)
+    settings = Settings(opts["eval_data"], shots, opts["eval_limit"], template=chat, bootstrap=0)
     asked = ask(chosen.tasks, tokenizer, config.context, settings)
     return Watch(config, execution(opts), asked, chosen.groups, settings, WATCH_TOKENS)
 
@@ -121,23 +133,23 @@ def settings_of(opts: dict[str, Any], tokenizer: Any) -> Any:
     """`evals.benchmark.Settings` by `asking_options`."""
     from core.errors import InputError
     from evals.benchmark import Settings
-    from tokenizers.templates import template
 
-    name = opts["apply_chat_template"]
-    if name is None and opts["system_instruction"]:
+    chat = chat_template(opts["apply_chat_template"], tokenizer)
+    if chat is None and opts["system_instruction"]:
         raise InputError("--system-instruction needs --apply-chat-template")
     return Settings(
         data=opts["data"],
         shots=shots_of(opts["num_fewshot"]),
         limit=opts["limit"],
         seed=opts["fewshot_seed"],
-        template=name and template(tokenizer, None if name == "auto" else name),
+        template=chat,
         multiturn=opts["fewshot_as_multiturn"],
         system=opts["system_instruction"],
         max_length=opts["max_length"],
         add_bos=opts["add_bos"],
         new_tokens=opts["max_new_tokens"],
         turn_end=opts["stop_at_turn_end"],
+        bootstrap=opts["bootstrap"],
     )
 
 
@@ -168,8 +180,6 @@ def nll(door: Door, **opts: Any) -> None:
 @click.option("--tokenizer", type=TOKENIZER, help="default: the model's own")
 @out_option
 @asking_options
-@click.option("--bootstrap", type=NATURAL, default=100_000,
-              help="resamples of a perplexity's standard error; 0 = none")  # fmt: skip
 @click.option("--batch", type=POSITIVE, default=8, help="answers generated at a time")
 @click.option("--store", type=PATH, help="file of answers to use and add to; default: one for each "
               "model in the user's cache")  # fmt: skip
