@@ -1,6 +1,7 @@
 """Strict jax for every test, and the one table of tolerances."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is what most tests wait for; so compiled, programs compute the same a little slower.
@@ -23,6 +24,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Relative error: max |difference| / max |expected|. Never widened without a reason beside it.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forget compiled programs now and then: each takes memory maps, of which Linux allows a
+    process 65,530, and beyond them compiling ends in a segmentation fault."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
