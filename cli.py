@@ -130,7 +130,7 @@ def own_tokenizer(loaded: Any) -> Any:
 
 def write_page(folder: Path) -> None:
     """The report of a folder of scores, beside them."""
-    from evals.report import write_page
+    from evals.report.build import write_page
 
     write_page(page_of(folder), folder / "report.html", folder)
 
@@ -301,9 +301,9 @@ def data_query(**opts: Any) -> None:
     ITEMS is a file of multiple-choice items; with --tasks, the training examples of benchmarks.
     """
     from core.errors import InputError
-    from evals.catalogue import select
     from evals.items import read_items
     from evals.query import build_query, build_task_query
+    from evals.tasks.catalogue import select
 
     if (opts["tasks"] is None) == (opts["items"] is None):
         raise InputError("give either a file of items or --tasks")
@@ -501,7 +501,7 @@ def generate_command(**opts: Any) -> None:
 def report(source: Path, out: Path | None) -> None:
     """Write report.html and summary.json for SOURCE: a report spec (JSON) or a scores folder."""
     from core.files import read_json
-    from evals.report import build_report
+    from evals.report.build import build_report
 
     if source.is_dir():
         spec, folder, target = page_of(source), source, out or source / "report"

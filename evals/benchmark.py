@@ -19,14 +19,15 @@ from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
 from core.progress import Progress
-from evals import metrics, prompts
-from evals.data import Split, load_split
+from evals import metrics
 from evals.generation import Answer, answers, default_stops, end_of_turn
 from evals.items import Prompt, keep_last, read_context, rolling, tokenise
 from evals.metrics import Measured
 from evals.scorer import Score, score_prompts
 from evals.store import Store
-from evals.task import Doc, Question, Task
+from evals.tasks import prompts
+from evals.tasks.data import Split, load_split
+from evals.tasks.task import Doc, Question, Task
 from tokenizers import Tokenizer
 from tokenizers.templates import Template
 

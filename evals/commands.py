@@ -98,7 +98,7 @@ def chat_template(name: str | None, tokenizer: Any) -> Any:
 def shots_of(text: str | None) -> dict[str, int]:
     """`evals.benchmark.Settings.shots` by --num-fewshot."""
     from core.errors import InputError
-    from evals.catalogue import select
+    from evals.tasks.catalogue import select
 
     shots: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
@@ -114,7 +114,7 @@ def watch(opts: dict[str, Any], config: Any, tokenizer: Any) -> Any:
     """What `watching_options` ask for, an `evals.watch.Watch`; None for nothing."""
     from core.errors import InputError
     from evals.benchmark import Settings, ask
-    from evals.catalogue import select
+    from evals.tasks.catalogue import select
     from evals.watch import Watch
 
     if not opts["eval_tasks"]:
@@ -214,9 +214,9 @@ def run_items(door: Door, opts: dict[str, Any]) -> None:
 
 def run_tasks(door: Door, opts: dict[str, Any]) -> None:
     from evals.benchmark import ask
-    from evals.catalogue import select
     from evals.outputs import first_prompt, table
     from evals.run import run_tasks
+    from evals.tasks.catalogue import select
 
     with running("eval run", opts) as run:
         if run is None:
@@ -251,7 +251,7 @@ def run_tasks(door: Door, opts: dict[str, Any]) -> None:
 @click.option("--tasks", type=TASKS, help=TASKS_HELP)
 def list_command(tasks: str | None) -> None:
     """The benchmarks there are: items, examples, what is measured, where the items come from."""
-    from evals.catalogue import select
+    from evals.tasks.catalogue import select
 
     chosen = select([tasks or "*"])
     rows = [("task", "items", "shots", "kind", "metrics", "data")]

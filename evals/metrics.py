@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evals.statistics import mean_stderr, wilson
-from evals.task import Doc, ExactMatch, Filter, Group, Task
+from evals.tasks.task import Doc, ExactMatch, Filter, Group, Task
 
 INVALID = "[invalid]"  # what a filter that matches nothing extracts
 UNKNOWN = "N/A"

@@ -17,7 +17,7 @@ from evals import metrics
 from evals.benchmark import Asked, Judged, Settings, new_tokens
 from evals.generation import Answer
 from evals.scorer import Score
-from evals.task import Group, Question, Task
+from evals.tasks.task import Group, Question, Task
 from tokenizers import Tokenizer
 from tokenizers.templates import own_template
 

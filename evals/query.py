@@ -19,10 +19,10 @@ import numpy as np
 from core.errors import InputError
 from core.files import PathLike
 from core.rows import IGNORED, save_rows
-from evals.data import load_split
 from evals.items import Item, Prompt, keep_last, tokenise
-from evals.prompts import Options, questions, render_docs
-from evals.task import Doc, Question, Task
+from evals.tasks.data import load_split
+from evals.tasks.prompts import Options, questions, render_docs
+from evals.tasks.task import Doc, Question, Task
 from tokenizers import Tokenizer, chat
 from tokenizers.templates import Template
 

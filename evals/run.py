@@ -13,9 +13,9 @@ from core.config import Execution
 from core.files import read_json, write_json, write_jsonl
 from core.rundir import Run
 from evals.benchmark import Asked, Settings, answer, judge
-from evals.catalogue import Selection
 from evals.outputs import results, samples
 from evals.store import Store, default_path
+from evals.tasks.catalogue import Selection
 from tokenizers import Tokenizer
 
 BEGAN = "store.json"

@@ -17,7 +17,7 @@ from evals import metrics
 from evals.benchmark import Asked, Settings, judge
 from evals.programs import Programs
 from evals.scorer import compile_plan, make_plan, run_plan
-from evals.task import Group
+from evals.tasks.task import Group
 
 
 class Watch:

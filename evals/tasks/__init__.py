@@ -1,1 +1,1 @@
-"""Benchmarks, a declarative file for each or for a family of them; `evals.catalogue` reads them."""
+"""What is asked: benchmarks as TOML files, how these are read, and how items become prompts."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evals import metrics
-from evals.task import Doc, ExactMatch, Filter, Group, Task
+from evals.tasks.task import Doc, ExactMatch, Filter, Group, Task
 
 GSM8K = Task(
     "gsm8k",

@@ -14,11 +14,11 @@ from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.rows import IGNORED, load_rows
-from evals.catalogue import select
 from evals.items import Item, tokenise
 from evals.nll import token_nll
 from evals.query import build_query, build_task_query
 from evals.scorer import score_items
+from evals.tasks.catalogue import select
 from tokenizers.templates import template
 
 TOKENIZER = tokenizers.load("bytes")

@@ -25,12 +25,12 @@ from core.config import Execution
 from core.files import jsonable
 from evals import benchmark, outputs
 from evals.benchmark import Settings
-from evals.catalogue import Selection, catalogue, read_task_file, select
 from evals.items import keep_last, rolling, tokenise
 from evals.metrics import exact_match, extract
 from evals.scorer import score_prompts
 from evals.store import Store
-from evals.task import Group
+from evals.tasks.catalogue import Selection, catalogue, read_task_file, select
+from evals.tasks.task import Group
 from tests.golden.evals.brief import brief
 from tokenizers import Tokenizer, load
 from tokenizers.templates import template

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from evals import report_magic, report_toptokens, report_trials
-from evals.report_charts import Dot, Series, intervals, learning, recall, ridges, score_axis
-from evals.report_data import Arm, Report, Verdict
-from evals.report_lists import chunks, origin
-from evals.report_text import count, duration, esc, figure, num, percent, signed, table
+from evals.report import magic as of_magic
+from evals.report import toptokens, trials
+from evals.report.charts import Dot, Series, intervals, learning, recall, ridges, score_axis
+from evals.report.data import Arm, Report, Verdict
+from evals.report.lists import chunks, origin
+from evals.report.text import count, duration, esc, figure, num, percent, signed, table
 
 COLOURS = {"top": "c-top", "random": "c-random", "bottom": "c-bottom", "base": "c-base"}
 MOST_STRIPS, MOST_LISTED = 8, 20
@@ -25,8 +26,8 @@ MAGIC_FIRST = ("arms", "chunks", "tokens", "documents", "validation", "curves")
 def page(report: Report) -> str:
     """The whole page as HTML text."""
     here = Path(__file__).parent
-    style = (here / "report.css").read_text("utf-8")
-    script = (here / "report.js").read_text("utf-8")
+    style = (here / "page.css").read_text("utf-8")
+    script = (here / "page.js").read_text("utf-8")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; "
@@ -39,8 +40,8 @@ def page(report: Report) -> str:
         "validation": ("Validation", _validation(report)),
         "curves": ("Learning curves", _curves(report)),
         "chunks": ("Chunks", chunks(report)),
-        "tokens": ("Tokens", report_toptokens.section(report.strongest)),
-        "documents": ("Documents", report_magic.documents(report.magic) if report.magic else ""),
+        "tokens": ("Tokens", toptokens.section(report.strongest)),
+        "documents": ("Documents", of_magic.documents(report.magic) if report.magic else ""),
         "origin": ("Provenance", origin(report)),
     }
     first = MAGIC_FIRST if report.magic else ()
@@ -119,9 +120,7 @@ def _figures(report: Report) -> list[tuple[str, str, str, str]]:
         figures.append((share, "", f"of the top {report.k:,} relevant", pool))
         figures.append((found, "", "of relevant chunks found", best))
     if magic:
-        figures += report_magic.figures(
-            magic, report.pools[0], report.strongest, report.validations
-        )
+        figures += of_magic.figures(magic, report.pools[0], report.strongest, report.validations)
     else:
         sources = f"from {count(len(report.pools[0].sources), 'source')}"
         figures.append((f"{summary['chunks']:,}", "", "chunks scored", sources))
@@ -302,12 +301,12 @@ def _recall(report: Report) -> str:
 
 
 def _validation(report: Report) -> str:
-    return report_trials.section(report.validations, several=len(report.pools) > 1)
+    return trials.section(report.validations, several=len(report.pools) > 1)
 
 
 def _curves(report: Report) -> str:
     if report.magic and not report.arms:
-        return report_magic.curves(report.magic)
+        return of_magic.curves(report.magic)
     figures = ""
     if report.pretraining and len(report.pretraining.loss.y):
         run = report.pretraining

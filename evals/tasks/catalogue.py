@@ -24,10 +24,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from core.errors import InputError
 from core.files import PathLike, read_json
-from evals.task import METRICS, Group, Task
-from evals.template import fill, parse, render
+from evals.tasks.task import METRICS, Group, Task
+from evals.tasks.template import fill, parse, render
 
-FOLDER = Path(__file__).parent / "tasks"
+FOLDER = Path(__file__).parent
 
 _NEEDED = {
     "multiple_choice": ("prompt", "answer"),

@@ -10,11 +10,11 @@ import pytest
 import tokenizers
 from core.errors import InputError
 from evals.items import tokenise
-from evals.prompts import Options, questions, render_docs, shots
-from evals.task import Doc, Task
+from evals.tasks.prompts import Options, questions, render_docs, shots
+from evals.tasks.task import Doc, Task
 from tokenizers.templates import template
 
-CHAT = tokenizers.load(Path(__file__).parents[1] / "golden" / "chat" / "tokenizer")
+CHAT = tokenizers.load(Path(__file__).parents[2] / "golden" / "chat" / "tokenizer")
 BOS = "<bos>"
 GEMMA, GEMMA2, CHATML = (template(CHAT, name) for name in ("gemma", "gemma2", "chatml"))
 

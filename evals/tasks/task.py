@@ -1,8 +1,8 @@
 """What a benchmark is: where its items lie, how they are put to a model, what counts as right.
 
-A `Task` is plain data, read from a small TOML (or JSON) file (`evals.catalogue`); its texts are
-templates (`evals.template`) over the columns of an item. Nothing in it is code. The rules that the
-fields stand for are those of lm-evaluation-harness 0.4.13.
+A `Task` is plain data, read from a small TOML (or JSON) file (`evals.tasks.catalogue`); its texts
+are templates (`evals.tasks.template`) over the columns of an item. Nothing in it is code. The rules
+that the fields stand for are those of lm-evaluation-harness 0.4.13.
 """
 
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class Task:
         `<org>__<name>/<config>/`; or, in a custom task, a .jsonl/.parquet file or folder beside it.
     files: T over {config}; the one file, within the Hub's repository, that holds `split`.
     split: what is evaluated. pool: the split that examples ("shots") are drawn from. size: items of
-        the real split, for listings. A dataset "taproot/..." is made by `evals.data` itself.
+        the real split, for listings. A dataset "taproot/..." is made by `evals.tasks.data` itself.
     fields: T by name, evaluated in order, each may use those before it.
     prompt: T, or several T, one a choice, which then share the continuation `target`.
     choices: T of a list, or a T for each. labels: T of a list or plain labels; answer: T, the right
@@ -118,7 +118,7 @@ class Group(NamedTuple):
 
 
 class Doc(NamedTuple):
-    """An item of a benchmark, rendered (see `evals.prompts`).
+    """An item of a benchmark, rendered (see `evals.tasks.prompts`).
 
     row: its columns. prompts: one, or one for each choice. choices: without the delimiter. gold:
     index of the right one, None for other kinds. target: text of the other kinds (and of several

@@ -13,9 +13,9 @@ import numpy as np
 
 from core.errors import InputError
 from core.files import read_json, read_jsonl, read_npy
-from evals.report_rows import Source, Text, TokenScores
-from evals.report_toptokens import SHOWN, Strongest
-from evals.report_validation import Validation
+from evals.report.rows import Source, Text, TokenScores
+from evals.report.toptokens import SHOWN, Strongest
+from evals.report.validation import Validation
 from evals.statistics import Interval
 
 OPENING = 20  # tokens shown of a document

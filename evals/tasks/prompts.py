@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from core.errors import InputError
-from evals.task import Doc, Question, Task
-from evals.template import render
+from evals.tasks.task import Doc, Question, Task
+from evals.tasks.template import render
 from tokenizers import chat
 from tokenizers.templates import Template
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from core.errors import InputError
 from core.files import read_json, write_json, write_text
-from evals import report_magic, report_validation
-from evals.report_data import (
+from evals.report import magic as of_magic
+from evals.report import validation
+from evals.report.data import (
     Arm,
     Difference,
     Pool,
@@ -28,10 +29,10 @@ from evals.report_data import (
     load_run,
     paired_difference,
 )
-from evals.report_page import page
-from evals.report_rows import load_source, load_token_scores, row_texts
-from evals.report_text import count, listed, num, percent, signed
-from evals.report_toptokens import strongest
+from evals.report.page import page
+from evals.report.rows import load_source, load_token_scores, row_texts
+from evals.report.text import count, listed, num, percent, signed
+from evals.report.toptokens import strongest
 from evals.statistics import paired_bootstrap, ranking_auc, recall_at_k
 
 SPEC_KEYS = {
@@ -148,9 +149,9 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
         summary["methods"] = retrieval
     validations = _validations(spec, named, folder)
     if validations:
-        summary["validation"] = report_validation.summary(validations)
+        summary["validation"] = validation.summary(validations)
     if magic and not arms:
-        verdict = report_magic.verdict(magic, top, spec.get("query"))
+        verdict = of_magic.verdict(magic, top, spec.get("query"))
         summary["trust"] = {"verdict": verdict.word, "reasons": verdict.reasons}
     else:
         verdict = _verdict(spec, pool, k, arms, differences, summary)
@@ -178,16 +179,14 @@ def read_report(spec: dict[str, Any], folder: Path) -> Report:
 
 def _validations(
     spec: dict[str, Any], named: dict[str, str], folder: Path
-) -> list[report_validation.Validation]:
+) -> list[validation.Validation]:
     """Those in the folders of the rankings, then those that the spec lists, each once."""
     first = next(iter(named))
-    found = {
-        file: name for name, path in named.items() for file in report_validation.find(folder / path)
-    }
+    found = {file: name for name, path in named.items() for file in validation.find(folder / path)}
     for path in spec.get("validation") or []:
         place = folder / path
         found.setdefault(place / "validation.json" if place.is_dir() else place, first)
-    return [report_validation.load(file, name) for file, name in found.items()]
+    return [validation.load(file, name) for file, name in found.items()]
 
 
 def _tokenizer_path(name: str | None, folder: Path) -> str | None:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from core.rows import IGNORED
-from evals.report_rows import Source, TokenScores
-from evals.report_text import Markup, decode, signed, table, typeset
+from evals.report.rows import Source, TokenScores
+from evals.report.text import Markup, decode, signed, table, typeset
 
 SHOWN, BEFORE, AFTER = 12, 12, 8
 BLOCK_TOKENS = 2**20

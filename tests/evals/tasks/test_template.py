@@ -3,7 +3,7 @@
 import pytest
 
 from core.errors import InputError
-from evals.template import fill, parse, render
+from evals.tasks.template import fill, parse, render
 
 ROW = {
     "question": " Why? ",

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from core.errors import InputError
-from evals.catalogue import catalogue, read_task_file, select
-from evals.task import ExactMatch, Filter
-from evals.template import render
+from evals.tasks.catalogue import catalogue, read_task_file, select
+from evals.tasks.task import ExactMatch, Filter
+from evals.tasks.template import render
 
 CHOICE = """
 name = "mine"

@@ -12,11 +12,11 @@ import tokenizers
 from core.errors import InputError
 from core.files import jsonable, read_json, read_jsonl, write_json, write_jsonl, write_npy
 from core.rows import load_rows, save_rows
-from evals import report_tokens
-from evals.report import SPEC_KEYS, build_report
-from evals.report_data import load_items
-from evals.report_rows import Text
-from evals.report_text import decode, duration, esc, listed, num, percent, shortened, typeset
+from evals.report import tokens
+from evals.report.build import SPEC_KEYS, build_report
+from evals.report.data import load_items
+from evals.report.rows import Text
+from evals.report.text import decode, duration, esc, listed, num, percent, shortened, typeset
 
 EFFECTS = {"top": 0.6, "random": 0.2, "bottom": -0.1}
 
@@ -444,8 +444,8 @@ def test_tokens_are_coloured_by_their_scores(experiment, tmp_path, parse):
 
 def test_a_character_of_several_tokens_stays_whole():
     text = Text([b"a", b"\xe2", b"\x82", b"\xac", b"\xff", b"\n", b"\xe2"], np.arange(7.0))
-    assert report_tokens.limit([text]) == pytest.approx(np.quantile(np.arange(1.0, 7), 0.98))
-    html = report_tokens.coloured(text, 6.0, higher_helps=True)
+    assert tokens.limit([text]) == pytest.approx(np.quantile(np.arange(1.0, 7), 0.98))
+    html = tokens.coloured(text, 6.0, higher_helps=True)
     pattern = r'<span(?: class="(helps s\d)")? title="([^"]*)"( tabindex="0")?>(.*?)</span>'
     spans = re.findall(pattern, html, re.S)
     assert spans == [
@@ -455,12 +455,12 @@ def test_a_character_of_several_tokens_stays_whole():
         ("helps s3", "5: +5.00", "", '<i class="nl">\n</i>'),
         ("helps s4", "6: +6.00", "", '<i class="ctl">\\xe2</i>'),
     ]
-    assert report_tokens.coloured(text._replace(scores_T=np.full(7, np.nan)), 1.0, True) == typeset(
+    assert tokens.coloured(text._replace(scores_T=np.full(7, np.nan)), 1.0, True) == typeset(
         decode(text.data), blanks=False
     )
-    assert [report_tokens.step(x, 8) for x in (-100, -3, -0.9, 0, 1.1, 8)] == [-4, -2, 0, 0, 1, 4]
-    assert report_tokens.step(float("nan"), 8) == report_tokens.step(3, 0) == 0
-    assert report_tokens.limit([]) == 0
+    assert [tokens.step(x, 8) for x in (-100, -3, -0.9, 0, 1.1, 8)] == [-4, -2, 0, 0, 1, 4]
+    assert tokens.step(float("nan"), 8) == tokens.step(3, 0) == 0
+    assert tokens.limit([]) == 0
 
 
 @pytest.mark.parametrize(

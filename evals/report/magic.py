@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from evals.report_charts import Series, learning
-from evals.report_data import Curve, Document, Magic, Pool, Verdict
-from evals.report_text import (
+from evals.report.charts import Series, learning
+from evals.report.data import Curve, Document, Magic, Pool, Verdict
+from evals.report.text import (
     Markup,
     count,
     esc,
@@ -22,8 +22,8 @@ from evals.report_text import (
     signed,
     table,
 )
-from evals.report_toptokens import Strongest
-from evals.report_validation import SCORES, Line, Validation
+from evals.report.toptokens import Strongest
+from evals.report.validation import SCORES, Line, Validation
 
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
 KINDS = {"trusted": "yes", "doubtful": "unclear", "not to be trusted": "no"}

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from core.errors import InputError
-from evals.catalogue import catalogue
-from evals.data import load_split
-from evals.task import Task
+from evals.tasks.catalogue import catalogue
+from evals.tasks.data import load_split
+from evals.tasks.task import Task
 
 ROWS = [
     {"q": "Wo? ß", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": 1},

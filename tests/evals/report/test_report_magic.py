@@ -10,10 +10,10 @@ import tokenizers
 from core.errors import InputError
 from core.files import read_json, write_json, write_jsonl, write_npy
 from core.rows import IGNORED, load_rows, save_rows
-from evals import report_toptokens
-from evals.report import build_report, write_page
-from evals.report_rows import ROW_TOKENS, Source, TokenScores, heaviest
-from evals.report_toptokens import strongest
+from evals.report import toptokens
+from evals.report.build import build_report, write_page
+from evals.report.rows import ROW_TOKENS, Source, TokenScores, heaviest
+from evals.report.toptokens import strongest
 
 WORDS = "a lobster is blue in life and turns red when it is cooked".split()
 LDS = {
@@ -187,7 +187,7 @@ def test_strongest_tokens_and_kinds_are_those_of_all_rows(run, monkeypatch):
     ]
     source = Source(rows, tokenizers.load("bytes"))
     for size in (1, 200, 2**20):  # of a block
-        monkeypatch.setattr(report_toptokens, "BLOCK_TOKENS", size)
+        monkeypatch.setattr(toptokens, "BLOCK_TOKENS", size)
         found = strongest(source, TokenScores(scores_NT, "label"), higher_helps=False)
         assert [(t.score, t.row, t.position) for t in found.helping] == [
             x[:3] for x in sorted(every)[:12]

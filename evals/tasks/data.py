@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from core.errors import InputError
 from core.files import parse_object
-from evals.task import Task
-from evals.template import render
+from evals.tasks.task import Task
+from evals.tasks.template import render
 
 PRODUCTS = "taproot/products"
 _ENDINGS = (".jsonl", ".parquet")

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from core.files import jsonable
-from evals import report_tokens
-from evals.report_data import Report, Run, Shown
-from evals.report_text import count, decode, esc, num, table, typeset
+from evals.report import tokens
+from evals.report.data import Report, Run, Shown
+from evals.report.text import count, decode, esc, num, table, typeset
 
 PREVIEW = 180
 
@@ -27,7 +27,7 @@ def chunks(report: Report) -> str:
             for name in names
         )
         buttons = f'<div role="group" aria-label="Show chunks of">{buttons}</div>'
-    full = report_tokens.limit(report.texts.values())
+    full = tokens.limit(report.texts.values())
     columns = ""
     for end, label in (("top", "Most helpful"), ("bottom", "Least helpful")):
         items = "".join(_chunk(report, shown, full) for shown in report.shown if shown.end == end)
@@ -42,7 +42,7 @@ def chunks(report: Report) -> str:
     legend = ""
     if full and report.token_scores:
         alignment, higher_helps = report.token_scores.alignment, pool.higher_helps
-        legend = report_tokens.legend(full, alignment, higher_helps)
+        legend = tokens.legend(full, alignment, higher_helps)
     opener = '<button type="button" id="expand">Open all</button>' if report.texts else ""
     asked = "What in the training text moved the query?" if full else "What do the chunks say?"
     return (
@@ -69,7 +69,7 @@ def _chunk(report: Report, shown: Shown, full: float) -> str:
         body, opened = f'<pre dir="auto">{typeset(text)}</pre>', ""
         if full:
             length = int(pool.length_N[index])
-            body = report_tokens.block(report.texts[row], full, pool.higher_helps, row, length)
+            body = tokens.block(report.texts[row], full, pool.higher_helps, row, length)
             opened = " open" if index in (0, len(pool.row_N) - 1) else ""
         facts = (
             f'<details{opened}><summary>{facts}<span class="preview" dir="auto">{preview}</span>'

@@ -10,7 +10,7 @@ Dims: M retrains, F shares removed, R random removals.
 
 import numpy as np
 
-from evals.report_charts import (
+from evals.report.charts import (
     WIDTH,
     Scale,
     band,
@@ -24,8 +24,8 @@ from evals.report_charts import (
     x_axis,
     y_axis,
 )
-from evals.report_text import count, esc, figure, num, shortened, signed, table
-from evals.report_validation import SCORES, Line, Removals, Validation
+from evals.report.text import count, esc, figure, num, shortened, signed, table
+from evals.report.validation import SCORES, Line, Removals, Validation
 
 LDS = "Rank correlation of predicted and measured loss"
 WORDS = {  # of each protocol: heading, axis, and what was done
