@@ -1,10 +1,11 @@
-"""Several processes of one command, each with rows of its own.
+"""Several processes of one command, each with rows (or requests) of its own.
 
 Attribution needs nothing of one row to work on another. So every process takes a contiguous share
 of the rows, runs on its own devices, and fills its own part of each array; results are those of
-one process. The processes meet through files in the run's folder, which all of them must see, so
-a slow one is waited for as long as it takes. `jax.distributed` tells them apart, and ends them all
-when one has died; the same command, started again in each, continues.
+one process. Requests of benchmarks are shared out likewise, and their answers meet in one store
+(`evals.store`). The processes meet through files in the run's folder, which all of them must see,
+so a slow one is waited for as long as it takes. `jax.distributed` tells them apart, and ends them
+all when one has died; the same command, started again in each, continues.
 """
 
 import os
@@ -87,12 +88,18 @@ def session() -> str:
     return str(multihost_utils.broadcast_one_to_all(drawn).tolist())
 
 
+def split(n: int) -> slice:
+    """Which of `n` things are this process's; maybe none."""
+    number, count = place()
+    return slice(n * number // count, n * (number + 1) // count)
+
+
 def share(rows: int) -> range:
     """Which of `rows` rows are this process's."""
-    number, count = place()
+    count = place()[1]
     if rows < count:
         raise InputError(f"{rows} rows are too few for {count} processes; start at most {rows}")
-    return range(rows * number // count, rows * (number + 1) // count)
+    return range(rows)[split(rows)]
 
 
 def parts(path: Path) -> list[Path]:

@@ -317,7 +317,7 @@ def generate(
     """
     sampling.check()
     check_prompts(config, prompts, new_tokens)
-    mesh = sharding.make_mesh()
+    mesh = sharding.local_mesh()
     over_rows = sharding.over_rows(mesh)
     weights = unstack(config, execution, jax.device_put(variables, sharding.replicated(mesh)))
     size = min(batch, 1 << (len(prompts) - 1).bit_length())

@@ -213,6 +213,9 @@ def run_items(door: Door, opts: dict[str, Any]) -> None:
 
 
 def run_tasks(door: Door, opts: dict[str, Any]) -> None:
+    from core import distributed
+
+    distributed.start()
     from evals.benchmark import ask
     from evals.outputs import first_prompt, table
     from evals.run import run_tasks
@@ -226,7 +229,7 @@ def run_tasks(door: Door, opts: dict[str, Any]) -> None:
         tokenizer = door.tokenizer(opts["tokenizer"], loaded)
         settings = settings_of(opts, tokenizer)
         asked = ask(selection.tasks, tokenizer, loaded.config.context, settings)
-        for of_task in asked:
+        for of_task in asked if distributed.first() else ():
             for warning in of_task.warnings:
                 click.secho(f"WARNING: {warning}", fg="yellow", err=True)
             if opts["write_out"]:
@@ -235,6 +238,7 @@ def run_tasks(door: Door, opts: dict[str, Any]) -> None:
             model=loaded.fingerprint,
             tokenizer=tokenizer.fingerprint,
             tasks={a.task.name: a.fingerprint for a in asked},
+            **distributed.layout(),  # batches depend on it
         )
         names = ("adapter", "dtype", "batch_tokens")
         about = {"model_name": str(opts["model"]), **{name: opts[name] for name in names}}
@@ -243,8 +247,9 @@ def run_tasks(door: Door, opts: dict[str, Any]) -> None:
             opts["batch_tokens"], opts["batch"], opts["store"], about,
         )  # fmt: skip
         run.finish()
-        click.echo(table(results))
-        click.echo(tidy(f"{run.path / 'results.json'}"))
+        if results is not None:
+            click.echo(table(results))
+            click.echo(tidy(f"{run.path / 'results.json'}"))
 
 
 @eval_group.command("list")

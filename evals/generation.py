@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core import generate
+from core import distributed, generate
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
@@ -242,24 +242,28 @@ def answers(
     leaves out control tokens and is cut before each of `until`, in their order, and the EOS.
 
     Equal prompts are answered once, those of `store.before` not at all, and those of `store.since`
-    keep their place in the schedule: after a kill all others get the same bits. label: of the
-    progress line. Raises InputError as `complete` does.
+    keep their place in the schedule: after a kill all others get the same bits. Several processes
+    share the prompts and meet in the store. label: of the progress line. Raises InputError as
+    `complete` does.
     """
     store = store or Store(None, {})
     keys = [generation_key(ids, new_tokens, stop_ids, until) for ids in prompts]
     asked = {key: ids for key, ids in zip(keys, prompts, strict=True) if key not in store.before}
     known = {key: value for key in keys if (value := store.before.get(key, store.since.get(key)))}
-    finished = {i: len(known[key]["ids"]) for i, key in enumerate(asked) if key in known}
+    names = [*asked][distributed.split(len(asked))]
+    finished = {i: len(known[key]["ids"]) for i, key in enumerate(names) if key in known}
     strings = (*until, *(() if tokenizer.eos is None else (tokenizer.decode([tokenizer.eos]),)))
     settings = Settings(new_tokens, stop_ids=tuple(stop_ids), stop_strings=strings, batch=batch)
-    if len(finished) < len(asked):
-        names, ids = [*asked], [*asked.values()]
-        with Progress(len(asked), label, "answers", len(finished)) as bar:
+    if len(finished) < len(names):
+        ids = [asked[key] for key in names]
+        with Progress(len(names), label, "answers", len(finished)) as bar:
             for group in complete(loaded, tokenizer, ids, settings, execution, finished):
                 new = {names[i]: {"ids": c.ids.tolist(), "reason": c.reason} for i, c in group}
                 store.add(new.items())
                 known |= new
                 bar.update(len(group))
+    store.gather(keys)
+    known = {**store.since, **known}
     control = {*tokenizer.control.values()}
 
     def answer(ids: Sequence[int], reason: str) -> Answer:

@@ -144,6 +144,12 @@ class Plan:
         rows = self.batches[k][2]
         return [p for row in rows for i in row.sequences.tolist() for p in self.trie.asked[i]]
 
+    def part(self, which: slice) -> "Plan":
+        """The plan of some of the batches."""
+        some = copy.copy(self)
+        some.batches = self.batches[which]
+        return some
+
     def without(self, known: Set[int]) -> "Plan":
         """The plan less the batches that answer only prompts of these numbers."""
         if not known:

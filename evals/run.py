@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core import distributed
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.files import read_json, write_json, write_jsonl
@@ -22,12 +23,15 @@ BEGAN = "store.json"
 
 
 def open_store(folder: Path, about: dict[str, Any], path: Path | None) -> Store:
-    """The answers of a run in `folder`: in `path`, else in the user's cache, else in the folder."""
-    record = folder / BEGAN
-    began = read_json(record) if record.exists() else None
-    if began is not None:
+    """The answers of a run in `folder`: in `path`, else in the user's cache or the folder."""
+    record, alone = folder / BEGAN, distributed.place()[1] == 1
+    if not distributed.first():
+        distributed.wait(record.exists)
+    if record.exists():
+        began = read_json(record)
         return Store(Path(began["path"]), about, began["size"])
-    store = Store(path or default_path(about) or folder / "answers.jsonl", about)
+    cached = default_path(about) if alone else None  # which other machines may not see
+    store = Store(path or cached or folder / "answers.jsonl", about)
     write_json(record, {"path": store.path, "size": store.size})
     return store
 
@@ -44,13 +48,18 @@ def run_tasks(
     batch: int,
     store_path: Path | None,
     about: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Ask the model and write samples_<task>.jsonl and results.json; returns the latter."""
+) -> dict[str, Any] | None:
+    """Ask the model and write samples_<task>.jsonl and results.json; returns the latter.
+
+    Of several processes each asks its share; the first writes, the others return None.
+    """
     mark = {"model": loaded.fingerprint, "tokenizer": tokenizer.fingerprint,
             "dtype": execution.dtype}  # fmt: skip
     store = open_store(run.path, mark, store_path)
     how = (settings, execution, batch_tokens, batch, store, f"eval {run.path.name}")
     found = answer(asked, loaded, tokenizer, *how)
+    if not distributed.first():
+        return None
     judged = [judge(a, answers, settings) for a, answers in zip(asked, found, strict=True)]
     lines = {one.asked.task.name: samples(one, settings) for one in judged}
     for name, of_task in lines.items():

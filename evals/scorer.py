@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from core import sharding
+from core import distributed, sharding
 from core.checkpoint import Loaded
 from core.config import Execution, ModelConfig
 from core.errors import InputError
@@ -212,25 +212,29 @@ def score_prompts(
     """The score of each prompt, in their order; those that are equal are planned once.
 
     batch_tokens: tokens of a batch, padding included. label: of the progress line. store: gives the
-    answers that it has and keeps the new ones, batch by batch. InputError where a log-probability
-    is not finite.
+    answers that it has and keeps the new ones, batch by batch; several processes share the batches
+    and meet in it. InputError where a log-probability is not finite.
     """
     store = store or Store(None, {})
     keys = [prompt_key(prompt.ids, prompt.start) for prompt in prompts]
     found = {key: Score(*store.before[key]) for key in keys if key in store.before}
     left = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
-    names, mesh = [*left], sharding.make_mesh()
+    names, mesh = [*left], sharding.local_mesh()
     plan = make_plan([*left.values()], loaded.config, execution, batch_tokens, mesh)
+    plan = plan.part(distributed.split(len(plan)))
     variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
     programs = Programs(loaded.config, execution, variables, mesh)
     known = {i: Score(*store.since[key]) for i, key in enumerate(names) if key in store.since}
     found |= {names[i]: score for i, score in known.items()}
-    with Progress(len(names), label, "prompts", start=len(known)) as bar:
+    mine = {i for k in range(len(plan)) for i in plan.numbers(k)}
+    with Progress(len(mine), label, "prompts", start=len(mine & known.keys())) as bar:
         for scored in run_batches(plan, programs, variables, known.keys()):
             fresh = {names[i]: score for i, score in scored.items() if i not in known}
             store.add(fresh.items())
             found |= fresh
             bar.update(len(fresh))
+    store.gather(keys)
+    found |= {key: Score(*store.since[key]) for key in names if key not in found}
     return [found[key] for key in keys]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from core import distributed
 from core.errors import InputError
 from core.files import write_bytes
 from tokenizers import cache
@@ -59,6 +60,7 @@ class Store:
         self.size = len(content) if size is None else min(size, len(content))
         self.before = _answers(content[: self.size])
         self._keep(content[self.size :])
+        self._seen = content.rfind(b"\n") + 1  # up to here; a line behind it may be under way
 
     def add(self, pairs: Iterable[tuple[str, Any]]) -> None:
         """Append answers (plain JSON data, numbers of numpy) and wait until the disk has them."""
@@ -77,6 +79,23 @@ class Store:
         except OSError as error:
             raise _unusable(self.path, error) from error
         self._keep(data)
+
+    def gather(self, keys: Iterable[str]) -> None:
+        """Wait until the other processes of this run have answered what is theirs of `keys`."""
+        left = {key for key in keys if key not in self.before}
+        if self.path is not None and distributed.place()[1] > 1:
+            distributed.wait(lambda: not left - self._follow().keys())
+
+    def _follow(self) -> dict[str, Any]:
+        """`since`, with what has been added to the file."""
+        assert self.path is not None
+        with open(self.path, "rb") as file:
+            file.seek(self._seen)
+            data = file.read()
+        whole = data.rfind(b"\n") + 1
+        self._seen += whole
+        self._keep(data[:whole])
+        return self.since
 
     def _keep(self, data: bytes) -> None:
         """Know what a later run will read; a resumed one must not know other numbers."""

@@ -1,7 +1,12 @@
 """`eval run --tasks`, `list`, `compare`, `serve`, `data query --tasks`, `train lm --eval-tasks`."""
 
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import click.testing
@@ -13,6 +18,7 @@ from core.rows import load_rows
 from evals.store import Store
 from tokenizers import load
 
+DOOR = Path(__file__).parents[2] / "cli.py"
 GOLDEN = Path(__file__).parents[1] / "golden" / "evals"
 DATA = ["--data", GOLDEN / "data"]
 RUN = ["eval", "run", "--model", "./gpt2", *DATA, "--bootstrap", 1000, "--batch-tokens", 512]
@@ -179,6 +185,42 @@ def test_training_logs_what_eval_run_finds_at_its_end(world, run):
     assert [line["step"] for line in lines] == [1, 2]
     for name, key in (("arc_easy", "acc_norm"), ("arc_easy", "acc"), ("wmdp_bio_robust", "acc")):
         assert lines[-1][f"eval/{name}/{key}"] == pytest.approx(found[name][f"{key},none"])
+
+
+def test_two_processes_ask_half_each(world, run):
+    """Of two devices each; the numbers are those of one process, beyond rounding."""
+    tasks = ["--tasks", "arc_easy,winogrande,gsm8k", "--num-fewshot", 1, "--limit", 4,
+             "--max-new-tokens", 4, "--batch-tokens", 128]  # fmt: skip
+    run(*RUN, *tasks, "--out", "runs/one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "TAPROOT_PROCESSES": "2",
+                   "TAPROOT_COORDINATOR": address}  # fmt: skip
+    line = [str(part) for part in (*RUN, *tasks, "--out", "runs/two")]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(DOOR), *line], env={**environment, "TAPROOT_PROCESS": str(number)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    said = [process.communicate() for process in started]
+    assert all(process.returncode == 0 for process in started), said
+    assert ["results.json" in out for out, _ in said] == [True, False]
+    asked = [re.findall(r"(\d+)/(\d+) \(100%\) .* (prompts|answers)/s", err) for _, err in said]
+    assert all({unit for *_, unit in of} == {"prompts", "answers"} for of in asked), said
+    for task in ("arc_easy", "winogrande", "gsm8k"):
+        pairs = zip(*(read_jsonl(f"runs/{n}/samples_{task}.jsonl") for n in ("one", "two")),
+                    strict=True)  # fmt: skip
+        for one, two in pairs:
+            assert two["doc_id"] == one["doc_id"] and two["ctx_tokens"] == one["ctx_tokens"]
+            if task == "gsm8k":
+                assert two["resps"] == one["resps"]
+            else:
+                scores = [[ll for ll, _ in line["filtered_resps"]] for line in (one, two)]
+                assert scores[1] == pytest.approx(scores[0], rel=1e-5)
 
 
 def test_requests_are_served_on_standard_input_and_output(world):
