@@ -27,6 +27,7 @@ from core.files import write_bytes
 from tokenizers import cache
 
 FORMAT = "taproot-answers"
+VERSION = 1  # to be raised when the same model would answer the same tokens with other numbers
 
 
 class Store:
@@ -48,7 +49,7 @@ class Store:
         self.since: dict[str, Any] = {}
         if path is None:
             return
-        header = _lines([{"format": FORMAT, **about}])
+        header = _lines([{"format": FORMAT, "version": VERSION, **about}])
         try:
             content = path.read_bytes() if path.exists() else b""
             if len(content) < len(header) and header.startswith(content):  # none, or cut by a kill
@@ -106,7 +107,7 @@ class Store:
 
 def default_path(about: dict[str, Any]) -> Path | None:
     """The file of `about` in the cache folder (`tokenizers.cache.folder`), None without one."""
-    folder = cache.folder()
+    folder, about = cache.folder(), {"version": VERSION, **about}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return folder / "answers" / f"{name}.jsonl" if folder else None
 

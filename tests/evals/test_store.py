@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from core.errors import InputError
-from evals.store import Store, default_path, generation_key, prompt_key
+from evals import store
+from evals.store import VERSION, Store, default_path, generation_key, prompt_key
 
 ABOUT = {"model": "abc", "tokenizer": "def", "dtype": "float32"}
 ANSWERS = {f"key{i}": [-1.5 * i, i % 2 == 0] for i in range(4)}
@@ -34,7 +35,7 @@ def test_what_was_added_is_read_again(path):
     again = Store(path, ABOUT)
     assert again.before == ANSWERS and again.since == {} and again.size == path.stat().st_size
     header, *lines = [json.loads(line) for line in path.read_text().split("\n") if line]
-    assert header == {"format": "taproot-answers", **ABOUT}
+    assert header == {"format": "taproot-answers", "version": VERSION, **ABOUT}
     assert lines == [{"key": key, "value": value} for key, value in ANSWERS.items()]
 
 
@@ -199,3 +200,5 @@ def test_each_model_has_its_file_in_the_cache(monkeypatch):
     assert path is not None and path.parent == Path("/x/answers") and len(path.stem) == 16
     assert path.suffix == ".jsonl" and path == default_path(dict(reversed(ABOUT.items())))
     assert path != default_path({**ABOUT, "dtype": "bfloat16"})
+    monkeypatch.setattr(store, "VERSION", VERSION + 1)
+    assert path != default_path(ABOUT)
