@@ -323,6 +323,9 @@ def data_query(**opts: Any) -> None:
             )  # fmt: skip
             for name, of_task in info["tasks"].items():
                 show(Path(name), of_task, "rows", "left_out")
+                if of_task["left_out"] is None:
+                    click.echo(f"{name}: the split it is evaluated on is not at hand, so examples "
+                               "that are also evaluated were not looked for", err=True)  # fmt: skip
         else:
             info = build_query(
                 read_items(opts["items"]), tokenizer, opts["length"], folder, opts["add_eos"],
@@ -453,6 +456,7 @@ def generate_command(**opts: Any) -> None:
     from core.errors import InputError
     from core.generate import Sampling
     from evals import generation as g
+    from evals import user_prompts as u
     from tokenizers.templates import template
 
     if bool(opts["prompt"]) == bool(opts["prompts"]):
@@ -460,8 +464,8 @@ def generate_command(**opts: Any) -> None:
     with running("generate", opts) if opts["out"] else contextlib.nullcontext() as run:
         if opts["out"] and run is None:
             return
-        asked = [g.Asked(text, f"prompt {n}") for n, text in enumerate(opts["prompt"], 1)]
-        asked = asked or g.read_asked(opts["prompts"])
+        asked = [u.UserPrompt(text, f"prompt {n}") for n, text in enumerate(opts["prompt"], 1)]
+        asked = asked or u.read_prompts(opts["prompts"])
         loaded = load_model(opts["model"], opts["adapter"])
         tokenizer = load_tokenizer(opts["tokenizer"], loaded)
         named = None if opts["chat"] == "auto" else opts["chat"]
@@ -475,7 +479,7 @@ def generate_command(**opts: Any) -> None:
             (*strings, *opts["stop"]),
             opts["batch"],
         )
-        prompts = g.prepare(
+        prompts = u.prepare(
             loaded, tokenizer, asked, settings.new_tokens, chat, opts["system"],
             opts["truncate"] == "left",
         )  # fmt: skip
@@ -486,7 +490,7 @@ def generate_command(**opts: Any) -> None:
             click.echo(texts[0].text if len(texts) == 1 else g.show(texts))
             return
         run.inputs(model=loaded.fingerprint, tokenizer=tokenizer.fingerprint,
-                   prompts=g.fingerprint(prompts))  # fmt: skip
+                   prompts=u.fingerprint(prompts))  # fmt: skip
         summary = g.run_generation(loaded, tokenizer, prompts, run.path, *how)
         run.finish(**summary)
         show(run.path, summary)

@@ -184,6 +184,20 @@ def limited(limit: float | None, size: int) -> int:
     return min(size, int(-(-size * limit // 1)) if limit < 1 else int(limit))
 
 
+def requests(asked: Sequence[Asked]) -> list[Prompt]:
+    """The prompts of all tasks in a row."""
+    return [prompt for a in asked for of_question in a.prompts for prompt in of_question]
+
+
+def deal(asked: Sequence[Asked], scores: Sequence[Score]) -> dict[str, list[list[Score]]]:
+    """The scores of `requests`, by task and question."""
+    left = iter(scores)
+    return {
+        a.task.name: [list(itertools.islice(left, len(of_question))) for of_question in a.prompts]
+        for a in asked
+    }
+
+
 def answer(
     asked: Sequence[Asked],
     loaded: Loaded,
@@ -200,12 +214,8 @@ def answer(
     batch: texts generated at a time. store: answers known already, and where new ones go.
     """
     scored = [a for a in asked if a.task.kind != "generate"]
-    every = [prompt for a in scored for prompts_of in a.prompts for prompt in prompts_of]
-    scores = iter(score_prompts(loaded, every, execution, batch_tokens, label, store))
-    by_task: dict[str, Any] = {
-        a.task.name: [list(itertools.islice(scores, len(some))) for some in a.prompts]
-        for a in scored
-    }
+    scores = score_prompts(loaded, requests(scored), execution, batch_tokens, label, store)
+    by_task: dict[str, Any] = deal(scored, scores)
     ids, strings = default_stops(loaded, tokenizer), ()
     if settings.template and settings.turn_end:
         turn_ids, strings = end_of_turn(tokenizer, settings.template)

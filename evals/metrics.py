@@ -215,6 +215,18 @@ def aggregate_group(group: Group, of_leaves: Sequence[Mapping[str, Any]]) -> dic
     return summary | {"sample_count": counts}
 
 
+def aggregate_groups(
+    groups: Sequence[Group], of_tasks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Results of the groups that have metrics, from those of their tasks; see `aggregate_group`."""
+    members = {group.name: group.members for group in groups}
+    return {
+        group.name: aggregate_group(group, [of_tasks[leaf] for leaf in leaves(group.name, members)])
+        for group in groups
+        if group.metrics
+    }
+
+
 def intervals(result: Mapping[str, Any]) -> dict[str, list[float]]:
     """95 % intervals (Wilson) of a task's or a group's shares of right answers, by key."""
     keys = [key for key in result if key.partition(",")[0] in SHARES]

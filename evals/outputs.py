@@ -122,13 +122,7 @@ def results(
     tasks = {one.asked.task.name: one for one in judged}
     members = {group.name: list(group.members) for group in groups}
     of_tasks = {name: _task_result(one) for name, one in tasks.items()}
-    of_groups = {
-        group.name: metrics.aggregate_group(
-            group, [of_tasks[leaf] for leaf in metrics.leaves(group.name, members)]
-        )
-        for group in groups
-        if group.metrics
-    }
+    of_groups = metrics.aggregate_groups(groups, of_tasks)
     shots = {name: one.asked.shots for name, one in tasks.items()}
     template = settings.template
     source = own_template(tokenizer) if template else None

@@ -29,7 +29,7 @@ def chunk_size(config: ModelConfig, execution: Execution) -> int:
 
 
 @model.full_precision
-def answers(
+def score_rows(
     config: ModelConfig,
     execution: Execution,
     variables: Variables,
@@ -120,7 +120,7 @@ class Programs:
         return len(self.made)
 
     def get(self, what: Shape | int) -> Any:
-        """`answers` for a shape, `model.prefix_of` for a bucket, of all but what is known here."""
+        """`score_rows` for a shape, `model.prefix_of` for a bucket, of what is not known here."""
         if what not in self.made:
             with self.lock:
                 if what not in self.made:
@@ -156,7 +156,7 @@ def _compiled(
         )
     of_rows, shared = PartitionSpec("data"), PartitionSpec()
     run = jax.shard_map(
-        functools.partial(answers, config, execution), mesh=mesh,
+        functools.partial(score_rows, config, execution), mesh=mesh,
         in_specs=(shared, shared, *(of_rows,) * 6), out_specs=of_rows,
         axis_names={"data"}, check_vma=False,
     )  # fmt: skip

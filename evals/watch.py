@@ -3,7 +3,6 @@
 The plan is the one that `eval run` makes, so the batches and the numbers are, too.
 """
 
-import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.model import Variables
 from evals import metrics
-from evals.benchmark import Asked, Settings, judge
+from evals.benchmark import Asked, Settings, deal, judge, requests
 from evals.programs import Programs
 from evals.scorer import compile_plan, make_plan, run_plan
 from evals.tasks.task import Group
@@ -45,27 +44,22 @@ class Watch:
 
     def begin(self, variables: Variables, mesh: Mesh) -> None:
         """Plan, and compile in a thread of its own; `variables` show the layout of later ones."""
-        prompts = [prompt for a in self.asked for some in a.prompts for prompt in some]
         how = (self.config, self.execution)
-        self.plan = make_plan(prompts, *how, self.batch_tokens, mesh)
+        self.plan = make_plan(requests(self.asked), *how, self.batch_tokens, mesh)
         self.programs = Programs(*how, variables, mesh)
         threading.Thread(target=compile_plan, args=(self.plan, self.programs)).start()
 
     def __call__(self, variables: Variables, mesh: Mesh) -> Mapping[str, float]:
         """Metrics by "eval/task/metric"; of groups with metrics in place of their tasks'."""
-        scores = iter(run_plan(self.plan, self.programs, variables))
+        answers = deal(self.asked, run_plan(self.plan, self.programs, variables))
         results: dict[str, dict[str, Any]] = {}
         for a in self.asked:
-            answers = [list(itertools.islice(scores, len(some))) for some in a.prompts]
-            judged = judge(a, answers, self.settings)
+            judged = judge(a, answers[a.task.name], self.settings)
             results[a.task.name] = {"sample_len": len(a.questions), **judged.summary}
+        of_groups = metrics.aggregate_groups(self.groups, results)
         members = {group.name: group.members for group in self.groups}
-        shown = dict(results)
-        for group in self.groups:
-            if group.metrics:
-                leaves = metrics.leaves(group.name, members)
-                shown = {name: result for name, result in shown.items() if name not in leaves}
-                shown[group.name] = metrics.aggregate_group(group, [results[n] for n in leaves])
+        grouped = {leaf for name in of_groups for leaf in metrics.leaves(name, members)}
+        shown = {n: result for n, result in results.items() if n not in grouped} | of_groups
         return {
             f"eval/{name}/{key.removesuffix(',none')}": value
             for name, result in shown.items()

@@ -17,6 +17,7 @@ from attribution.validation import protocols
 from attribution.validation.bank import Bank
 from attribution.validation.protocols import Line, Problem, Result
 from attribution.validation.scores import Scores
+from core.command import columns
 from core.errors import InputError
 from core.files import dumps, write_json, write_text
 from core.rows import Rows
@@ -160,11 +161,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     rows = [["", *statistics]]
     for method in dict.fromkeys(line["method"] for line in lines):
         rows.append([method, *(cells.get((method, name), "") for name in statistics)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return columns(rows)
 
 
 def cell(line: dict[str, Any]) -> str:

@@ -166,6 +166,12 @@ def test_training_examples_become_query_rows(world, run, refuse):
     for i in range(len(rows)):
         trained = rows.labels(i)[rows.labels(i) >= 0].tolist()
         assert trained[-1] == tokenizer.eos and "Answer:" in tokenizer.decode(rows.ids(i))
+    alone = Path("data/allenai__winogrande/winogrande_xl")
+    shutil.copytree(GOLDEN / "data/allenai__winogrande/winogrande_xl", alone)
+    (alone / "validation.jsonl").unlink()
+    line = ["data", "query", "--data", "data", "--tasks", "winogrande", "--tokenizer", "bytes"]
+    told = click.testing.CliRunner().invoke(door.cli, [*line, "--out", "rows/unchecked"])
+    assert told.exit_code == 0 and "were not looked for" in told.stderr
     refused = refuse(*asked, "--split", "validation", "--out", "rows/none")
     assert "winogrande is evaluated on the split 'validation'" in refused
     assert "--tasks" in refuse("data", "query", "--tokenizer", "bytes", "--out", "rows/none")

@@ -17,9 +17,11 @@ from core.errors import InputError
 from core.files import read_jsonl
 from core.generate import Completion
 from core.sampling import Sampling
-from evals import generation
-from evals.generation import Asked, Prompt, Settings
+from evals import generation, user_prompts
+from evals.generation import Settings
+from evals.items import encode
 from evals.store import Store, generation_key
+from evals.user_prompts import ReadyPrompt, UserPrompt
 from tokenizers.templates import TEMPLATES, template
 
 BYTES = tokenizers.load("bytes")
@@ -39,13 +41,13 @@ def loaded() -> Loaded:
 
 def test_bos_comes_first_exactly_once_if_it_is_asked_for():
     eos = BYTES.eos
-    plain = generation.encode(BYTES, "ab")
+    plain = encode(BYTES, "ab")
     np.testing.assert_array_equal(plain, [97, 98])
     begins = dataclasses.replace(BYTES, bos=eos, add_bos=True)
-    np.testing.assert_array_equal(generation.encode(begins, "ab"), [eos, 97, 98])
+    np.testing.assert_array_equal(encode(begins, "ab"), [eos, 97, 98])
     spelt = BYTES.decode(np.array([eos]))
-    np.testing.assert_array_equal(generation.encode(begins, spelt + "ab"), [eos, 97, 98])
-    np.testing.assert_array_equal(generation.encode(begins, ""), [eos])
+    np.testing.assert_array_equal(encode(begins, spelt + "ab"), [eos, 97, 98])
+    np.testing.assert_array_equal(encode(begins, ""), [eos])
 
 
 def test_what_ends_a_text_by_default(loaded):
@@ -73,9 +75,9 @@ def test_several_tokens_that_end_a_turn_are_a_stop_string():
 def test_texts_of_a_file(tmp_path):
     text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("one \n\ntwo\r\n  three\n")
-    assert [a.content for a in generation.read_asked(text)] == ["one ", "two", "  three"]
+    assert [a.content for a in user_prompts.read_prompts(text)] == ["one ", "two", "  three"]
     lines.write_text('{"prompt": "x\\ny", "id": 7}\n{"messages": [{"role": "user"}]}\n')
-    first, second = generation.read_asked(lines)
+    first, second = user_prompts.read_prompts(lines)
     assert first.content == "x\ny" and first.extra == {"id": 7}
     assert second.content == [{"role": "user"}] and second.where.endswith("p.jsonl line 2")
 
@@ -101,17 +103,17 @@ def test_texts_of_a_file(tmp_path):
 def test_a_bad_file_is_named(tmp_path, name, content, wanted):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=wanted):
-        generation.read_asked(tmp_path / name)
+        user_prompts.read_prompts(tmp_path / name)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="nosuch.txt cannot be read"):
-        generation.read_asked(tmp_path / "nosuch.txt")
+        user_prompts.read_prompts(tmp_path / "nosuch.txt")
 
 
 def prepare(loaded, content, new_tokens=10, chosen=None, system=None, **options):
-    asked = [Asked(content, "line 1", {"id": 3})]
-    return generation.prepare(loaded, BYTES, asked, new_tokens, chosen, system, **options)[0]
+    asked = [UserPrompt(content, "line 1", {"id": 3})]
+    return user_prompts.prepare(loaded, BYTES, asked, new_tokens, chosen, system, **options)[0]
 
 
 def test_a_long_prompt_is_refused_or_keeps_its_end(loaded):
@@ -130,11 +132,11 @@ class TestConversations:
 
     def text(self, loaded, content, system=None):
         large = ModelConfig(**{**CONFIG.to_json(), "context": 1000, "vocab_size": 100_000})
-        asked = [Asked(content, "line 1")]
-        (prompt,) = generation.prepare(
+        asked = [UserPrompt(content, "line 1")]
+        (prompt,) = user_prompts.prepare(
             loaded._replace(config=large), CHAT, asked, 1, self.PLAIN, system
         )
-        np.testing.assert_array_equal(prompt.ids, generation.encode(CHAT, prompt.text))
+        np.testing.assert_array_equal(prompt.ids, encode(CHAT, prompt.text))
         return prompt.text
 
     def test_a_text_is_what_a_user_says(self, loaded):
@@ -203,7 +205,7 @@ def test_the_text_leaves_out_the_stop_id_and_ids_without_a_token():
 
 
 TEXTS = ["To be", "or not", "that is the question", "x", "whether 'tis nobler"]
-PROMPTS = [Prompt(text, generation.encode(BYTES, text), {"id": i}) for i, text in enumerate(TEXTS)]
+PROMPTS = [ReadyPrompt(text, encode(BYTES, text), {"id": i}) for i, text in enumerate(TEXTS)]
 SETTINGS = Settings(12, Sampling(0.8, 50), 3, (256,), ("e",), batch=2)
 
 
@@ -223,7 +225,7 @@ def test_a_line_for_each_prompt_in_order(whole, loaded):
     assert [line["prompt"] for line in lines] == TEXTS
     assert [line["index"] for line in lines] == [line["id"] for line in lines] == [*range(5)]
     for line in lines:
-        assert {*line} == {"id", "prompt", *generation.COLUMNS}
+        assert {*line} == {"id", "prompt", *user_prompts.COLUMNS}
         assert len(line["ids"]) == len(line["logprobs"]) <= 12
         assert line["logprob"] == pytest.approx(sum(line["logprobs"]))
         assert "e" not in line["completion"]
@@ -375,9 +377,9 @@ def test_a_damaged_model_is_named(loaded):
 
 def test_the_fingerprint_tells_prompts_apart():
     marks = {
-        generation.fingerprint(PROMPTS),
-        generation.fingerprint(PROMPTS[:4]),
-        generation.fingerprint([*PROMPTS[:4], PROMPTS[4]._replace(extra={"id": 9})]),
-        generation.fingerprint([*PROMPTS[1:], PROMPTS[0]]),
+        user_prompts.fingerprint(PROMPTS),
+        user_prompts.fingerprint(PROMPTS[:4]),
+        user_prompts.fingerprint([*PROMPTS[:4], PROMPTS[4]._replace(extra={"id": 9})]),
+        user_prompts.fingerprint([*PROMPTS[1:], PROMPTS[0]]),
     }
     assert len(marks) == 4
