@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from attribution.validation.ranks import spearman
 from core.files import atomic, dumps, write_json
+from core.ranks import spearman
 from core.rows import Rows
 
 

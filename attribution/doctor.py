@@ -33,12 +33,12 @@ from attribution.doctor_rows import (
 from attribution.normalizer import Adafactor, Adam
 from attribution.store import Pass
 from attribution.targets import Feature, Spec
-from attribution.validation.ranks import spearman
 from core import model
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
 from core.progress import Progress
+from core.ranks import spearman
 from core.rows import IGNORED, Batch, Rows, pad_batch
 
 Gradients = Callable[[Batch], tuple[np.ndarray, np.ndarray]]  # features [B,D], losses [B]

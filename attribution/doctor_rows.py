@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from attribution.select import read_info
-from attribution.validation.ranks import spearman
 from core.config import ModelConfig
 from core.errors import InputError
 from core.files import read_json, read_jsonl, read_npy
 from core.progress import Progress
+from core.ranks import spearman
 from core.rows import IGNORED, LISTS, SIDECAR, Ragged, Rows, load_rows
 
 Verdict = Literal["ok", "warn", "bad"]

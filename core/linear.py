@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+TAPS, SPLICE, SPLICED = "taps", "splice", "spliced"
+
 
 class Rule(Protocol):
     """What a sink keeps from the forward pass and emits in the backward pass; hashable."""
@@ -71,9 +73,17 @@ def catch(sink: Sink | None, y: jax.Array, x: jax.Array) -> jax.Array:
     return y if sink is None else _sink(sink.rule, y, x, sink.aux, sink.out)
 
 
-def tap(module: nn.Module, name: str, x: jax.Array) -> None:
-    """Hand out an activation when the `taps` collection is asked for; costs nothing otherwise."""
-    module.sow("taps", name, x, reduce_fn=lambda _, new: new, init_fn=lambda: x)
+def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """x, handed out when the collection `taps` is asked for, and replaced where there is another.
+
+    `splice` says whether in this layer, `spliced` by what (see `core.taps`). Neither costs anything
+    when absent.
+    """
+    if module.has_variable(SPLICE, name):
+        other = module.get_variable(SPLICED, name).astype(x.dtype)
+        x = jnp.where(module.get_variable(SPLICE, name), other, x)
+    module.sow(TAPS, name, x, reduce_fn=lambda _, new: new, init_fn=lambda: x)
+    return x
 
 
 class Linear(nn.Module):

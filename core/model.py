@@ -19,11 +19,14 @@ from flax import linen as nn
 from core import families, loss
 from core.attention import CACHE, PREFIX, TREE
 from core.config import Execution, ModelConfig
-from core.linear import catch, tap
+from core.linear import SPLICE, SPLICED, TAPS, catch, tap
 from core.loss import NLL, Objective
 from core.schema import Params
 
 Variables = dict[str, Any]
+EMBEDDED = "embedded"
+# Collections whose arrays of the blocks have a leading layer axis.
+STACKED = ("params", "lora", "sinks", TAPS, SPLICE, CACHE, PREFIX)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -56,8 +59,7 @@ class Decoder(nn.Module):
 
         def layer(block: nn.Module, x_BTD: jax.Array, places: Any, kind: Any):
             x_BTD = block(x_BTD, places, kind)
-            tap(block, "resid", x_BTD)
-            return x_BTD, None
+            return tap(block, "resid_post", x_BTD), None
 
         if self.execution.remat:
             # Inside a loop the barrier against common-subexpression elimination is not needed;
@@ -67,8 +69,8 @@ class Decoder(nn.Module):
             layer = nn.remat(layer, prevent_cse=unroll > 1, policy=policy)
         stack = nn.scan(
             layer,
-            variable_axes={"params": 0, "lora": 0, "sinks": 0, "taps": 0, CACHE: 0, PREFIX: 0},
-            variable_broadcast=TREE,
+            variable_axes=dict.fromkeys(STACKED, 0),
+            variable_broadcast=[TREE, SPLICED],
             split_rngs={"params": True, "dropout": True},
             in_axes=axes,
             length=c.layers,
@@ -77,7 +79,7 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(ids_BT.shape[1])[None]  # the same for every row
         places = family.places(c, positions_BT, dtype)
-        x_BTD = family.Embed(c, dtype, name="embed")(ids_BT, positions_BT)
+        x_BTD = tap(self, EMBEDDED, family.Embed(c, dtype, name="embed")(ids_BT, positions_BT))
         x_BTD, _ = stack(family.Block(c, name="blocks"), x_BTD, places, family.kinds(c))
         return family.FinalNorm(c.norm_eps, name="final_norm")(x_BTD)
 
@@ -140,14 +142,6 @@ def tree_hidden(
         variables = {**variables, PREFIX: {"blocks": {"k": prefix.keys, "v": prefix.values}}}
     variables = {**variables, TREE: {"blocks": tree}}
     return cast(jax.Array, Decoder(config, execution).apply(variables, ids_BT, positions_BT))
-
-
-def taps(
-    config: ModelConfig, execution: Execution, variables: Variables, ids_BT: jax.Array
-) -> Params:
-    """Every site's input and each block's output, stacked over layers: `{"blocks": ...}`."""
-    _, collected = Decoder(config, execution).apply(variables, ids_BT, mutable=["taps"])
-    return cast(Params, collected["taps"])
 
 
 def logits(

@@ -5,7 +5,6 @@ a run that is killed and started again goes on from its last checkpoint and ends
 """
 
 import dataclasses
-import signal
 import time
 import zlib
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from core.progress import Progress
 from core.rows import Batch, Plan, Rows, TrainingBatches, read_ahead
 from core.rundir import Run
 from core.schema import Params, Row
+from core.stop import Stop
 from training.optim import Optim, learning_rate
 from training.step import Metrics, Recipe, State, initial, train_step
 
@@ -113,7 +113,7 @@ def train(
     if measure is not None and start < total:
         measure.begin(recipe.variables(state.params, frozen), mesh)
     try:
-        with log, _Stop() as stop, Progress(total, f"train {run.path.name}", "step", start) as bar:
+        with log, Stop() as stop, Progress(total, f"train {run.path.name}", "step", start) as bar:
             for step in range(start + 1, total + 1):
                 arrays = place_batch(next(batches), settings, mesh)
                 state, metrics = train_step(recipe, state, *arrays, frozen, key)
@@ -316,22 +316,3 @@ class _Saver:
     def save(self, step: int, state: State) -> None:
         require_space(self.manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
         self.manager.save(step, args=self.ocp.args.StandardSave(state))
-
-
-class _Stop:
-    """Within the block, the first SIGTERM or SIGINT asks for a stop, the second kills."""
-
-    asked = False
-
-    def __enter__(self) -> "_Stop":
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _ask(self, number: int, frame: object) -> None:
-        del frame
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attribution.diagnostics import ranking
-from attribution.validation import ranks
+from core import ranks
 from core.errors import InputError
 from core.rows import Rows
 

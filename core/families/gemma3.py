@@ -21,7 +21,7 @@ from core.config import ModelConfig
 from core.errors import InputError
 from core.families.hf_config import Keys, ends
 from core.layers import RMSNorm, activation
-from core.linear import Linear, catch
+from core.linear import Linear, catch, tap
 from core.schema import Row
 
 MODEL_TYPE = "gemma3_text"
@@ -133,14 +133,15 @@ class Block(nn.Module):
         k_BTGK = rotate(RMSNorm(c.norm_eps, name="k_norm")(k_BTGK), by)
         window = jnp.where(kind, c.window, c.context + 1) if any(c.sliding) else None
         a_BTHK = attend(self, q_BTHK, k_BTGK, v_BTGK, places.positions_BT, c.scale, window)
-        o_BTE = a_BTHK.reshape(*x_BTD.shape[:2], -1)
+        o_BTE = tap(self, "attn_out", a_BTHK.reshape(*x_BTD.shape[:2], -1))
         x_BTD = x_BTD + after(Linear(c.width, bias=False, name="o_proj")(o_BTE))
-        h_BTD = before_mlp(x_BTD)
+        h_BTD = tap(self, "mlp_in", before_mlp(x_BTD))
         gate_BTF = activation(c.activation)(
             Linear(c.mlp_width, bias=False, name="gate_proj")(h_BTD)
         )
         h_BTF = gate_BTF * Linear(c.mlp_width, bias=False, name="up_proj")(h_BTD)
-        return x_BTD + after_mlp(Linear(c.width, bias=False, name="down_proj")(h_BTF))
+        m_BTD = after_mlp(Linear(c.width, bias=False, name="down_proj")(h_BTF))
+        return x_BTD + tap(self, "mlp_out", m_BTD)
 
     def _heads(self, name: str, heads: int, h_BTD: jax.Array) -> jax.Array:
         y_BTE = Linear(heads * self.config.head_dim, bias=False, name=name)(h_BTD)

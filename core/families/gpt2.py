@@ -15,7 +15,7 @@ from core.config import ModelConfig
 from core.errors import InputError
 from core.families.hf_config import Keys, ends
 from core.layers import LayerNorm, activation
-from core.linear import Linear, catch
+from core.linear import Linear, catch, tap
 from core.schema import Row
 
 MODEL_TYPE = "gpt2"
@@ -115,10 +115,11 @@ class Block(nn.Module):
             for part in jnp.split(qkv_BTE, 3, axis=-1)
         )
         a_BTHK = attend(self, q, k, v, places.positions_BT, c.head_dim**-0.5)
-        x_BTD = x_BTD + Linear(c.width, name="attn_c_proj")(a_BTHK.reshape(x_BTD.shape))
-        h_BTD = LayerNorm(c.norm_eps, name="ln_2")(x_BTD)
+        o_BTD = tap(self, "attn_out", a_BTHK.reshape(x_BTD.shape))
+        x_BTD = x_BTD + Linear(c.width, name="attn_c_proj")(o_BTD)
+        h_BTD = tap(self, "mlp_in", LayerNorm(c.norm_eps, name="ln_2")(x_BTD))
         h_BTF = activation(c.activation)(Linear(c.mlp_width, name="mlp_c_fc")(h_BTD))
-        return x_BTD + Linear(c.width, name="mlp_c_proj")(h_BTF)
+        return x_BTD + tap(self, "mlp_out", Linear(c.width, name="mlp_c_proj")(h_BTF))
 
 
 class FinalNorm(LayerNorm):

@@ -16,7 +16,7 @@ from core.config import ModelConfig
 from core.errors import InputError
 from core.families.hf_config import Keys, ends
 from core.layers import LayerNorm, activation
-from core.linear import Linear, catch
+from core.linear import Linear, catch, tap
 from core.schema import Row
 
 MODEL_TYPE = "gpt_neox"
@@ -119,11 +119,12 @@ class Block(nn.Module):
         q_BTHK, k_BTHK, v_BTHK = jnp.split(qkv_BTHE, 3, axis=-1)
         q_BTHK, k_BTHK = rotate(q_BTHK, places.by), rotate(k_BTHK, places.by)
         a_BTHK = attend(self, q_BTHK, k_BTHK, v_BTHK, places.positions_BT, c.head_dim**-0.5)
-        a_BTD = Linear(c.width, name="dense")(a_BTHK.reshape(x_BTD.shape))
+        a_BTD = Linear(c.width, name="dense")(tap(self, "attn_out", a_BTHK.reshape(x_BTD.shape)))
         before_BTD = x_BTD if c.parallel_residual else x_BTD + a_BTD
         h_BTD = LayerNorm(c.norm_eps, name="post_attention_layernorm")(before_BTD)
+        h_BTD = tap(self, "mlp_in", h_BTD)
         h_BTF = activation(c.activation)(Linear(c.mlp_width, name="dense_h_to_4h")(h_BTD))
-        m_BTD = Linear(c.width, name="dense_4h_to_h")(h_BTF)
+        m_BTD = tap(self, "mlp_out", Linear(c.width, name="dense_4h_to_h")(h_BTF))
         return m_BTD + a_BTD + x_BTD if c.parallel_residual else m_BTD + before_BTD
 
 

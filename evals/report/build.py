@@ -13,6 +13,7 @@ import numpy as np
 
 from core.errors import InputError
 from core.files import read_json, write_json, write_text
+from core.page.text import count, listed, num, percent, signed
 from evals.report import magic as of_magic
 from evals.report import validation
 from evals.report.data import (
@@ -31,7 +32,6 @@ from evals.report.data import (
 )
 from evals.report.page import page
 from evals.report.rows import load_source, load_token_scores, row_texts
-from evals.report.text import count, listed, num, percent, signed
 from evals.report.toptokens import strongest
 from evals.statistics import paired_bootstrap, ranking_auc, recall_at_k
 

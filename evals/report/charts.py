@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.page.text import count, esc, num, percent, shortened, signed
 from evals.report.data import Curve, Pool
-from evals.report.text import count, esc, num, percent, shortened, signed
 from evals.statistics import Interval, recall_curve
 
 WIDTH = 460

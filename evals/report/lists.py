@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from core.files import jsonable
+from core.page.text import count, decode, esc, num, table, typeset
 from evals.report import tokens
 from evals.report.data import Report, Run, Shown
-from evals.report.text import count, decode, esc, num, table, typeset
 
 PREVIEW = 180
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.report.charts import Series, learning
-from evals.report.data import Curve, Document, Magic, Pool, Verdict
-from evals.report.text import (
+from core.page.text import (
     Markup,
     count,
     esc,
@@ -22,6 +20,8 @@ from evals.report.text import (
     signed,
     table,
 )
+from evals.report.charts import Series, learning
+from evals.report.data import Curve, Document, Magic, Pool, Verdict
 from evals.report.toptokens import Strongest
 from evals.report.validation import SCORES, Line, Validation
 

@@ -1,4 +1,4 @@
-// Hover and focus values, source filter, theme and copy buttons. The page is complete without it.
+// Hover and focus values, source filter and copy buttons. The page is complete without it.
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const tip = document.getElementById("tip");
 
@@ -122,19 +122,6 @@ expand?.addEventListener("click", () => {
   const open = expand.textContent === "Open all";
   for (const details of all(".chunks details")) details.open = open;
   expand.textContent = open ? "Close all" : "Open all";
-});
-
-const theme = document.getElementById("theme"), root = document.documentElement;
-const isDark = () => (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-const label = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
-try { const saved = localStorage.getItem("taproot-theme"); if (saved) root.dataset.theme = saved; } catch { /* private mode */ }
-theme.hidden = false;
-label();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", label);
-theme.addEventListener("click", () => {
-  root.dataset.theme = isDark() ? "light" : "dark";
-  try { localStorage.setItem("taproot-theme", root.dataset.theme); } catch { /* private mode */ }
-  label();
 });
 
 for (const button of all(".copy")) {

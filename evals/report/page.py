@@ -4,19 +4,18 @@ Everything that comes from disk passes `esc` or `typeset`. The page's content po
 request and any script but its own, so even a missed escape could neither run nor call out.
 """
 
-import base64
-import hashlib
 import re
 from pathlib import Path
 
 import numpy as np
 
+from core.page.shell import document
+from core.page.text import count, duration, esc, figure, num, percent, signed, table
 from evals.report import magic as of_magic
 from evals.report import toptokens, trials
 from evals.report.charts import Dot, Series, intervals, learning, recall, ridges, score_axis
 from evals.report.data import Arm, Report, Verdict
 from evals.report.lists import chunks, origin
-from evals.report.text import count, duration, esc, figure, num, percent, signed, table
 
 COLOURS = {"top": "c-top", "random": "c-random", "bottom": "c-bottom", "base": "c-base"}
 MOST_STRIPS, MOST_LISTED = 8, 20
@@ -25,14 +24,6 @@ MAGIC_FIRST = ("arms", "chunks", "tokens", "documents", "validation", "curves")
 
 def page(report: Report) -> str:
     """The whole page as HTML text."""
-    here = Path(__file__).parent
-    style = (here / "page.css").read_text("utf-8")
-    script = (here / "page.js").read_text("utf-8")
-    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; "
-        "img-src data:"
-    )
     sections = {
         "arms": ("Arms", _arms(report)),
         "scores": ("Scores", _scores(report)),
@@ -51,35 +42,11 @@ def page(report: Report) -> str:
     bodies = "".join(f'<section id="{name}">{body}</section>' for name, _, body in sections)
     unnamed = "Per-token attribution with MAGIC" if report.magic else "Data attribution report"
     title = esc(report.spec.get("title") or unnamed)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<a class="skip" href="#main">Skip to the result</a>
-<span class="brand">Taproot</span>
-<nav aria-label="Sections">{links}</nav>
-<button type="button" id="theme" hidden>Dark</button>
-</header>
-<main id="main">
-{_headline(report, title)}
-{bodies}
-</main>
-<div id="tip" role="presentation" hidden></div>
-<div id="readout" role="status"></div>
-<script>{script}</script>
-</body>
-</html>
-"""
+    main = f"{_headline(report, title)}\n{bodies}"
+    here = Path(__file__).parent
+    style = (here / "page.css").read_text("utf-8")
+    script = (here / "page.js").read_text("utf-8")
+    return document(title, main, style, script, nav=links)
 
 
 def _headline(report: Report, title: str) -> str:

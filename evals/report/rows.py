@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.errors import InputError
-from evals.report.text import decode
+from core.page.text import decode
 
 PAGE_TOKENS = 30_000  # that all coloured rows of a page have together
 ROW_TOKENS, LEAST_TOKENS = 1500, 100  # of one row, at most and in any case

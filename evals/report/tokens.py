@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from core.page.text import count, decode, esc, num, signed, typeset
 from evals.report.rows import Text
-from evals.report.text import count, decode, esc, num, signed, typeset
 
 STEPS = 4
 MEANS = {

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.page.text import Markup, decode, signed, table, typeset
 from core.rows import IGNORED
 from evals.report.rows import Source, TokenScores
-from evals.report.text import Markup, decode, signed, table, typeset
 
 SHOWN, BEFORE, AFTER = 12, 12, 8
 BLOCK_TOKENS = 2**20

@@ -10,6 +10,7 @@ Dims: M retrains, F shares removed, R random removals.
 
 import numpy as np
 
+from core.page.text import count, esc, figure, num, shortened, signed, table
 from evals.report.charts import (
     WIDTH,
     Scale,
@@ -24,7 +25,6 @@ from evals.report.charts import (
     x_axis,
     y_axis,
 )
-from evals.report.text import count, esc, figure, num, shortened, signed, table
 from evals.report.validation import SCORES, Line, Removals, Validation
 
 LDS = "Rank correlation of predicted and measured loss"

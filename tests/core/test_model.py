@@ -159,11 +159,12 @@ def test_padding_invariance(route, close):
 def test_taps(name, close):
     """Every site's input and every block's output, stacked by layer, in any execution."""
     ids_BT, weights = jnp.asarray(batch(2, 8)[0]), made()
-    blocks = model.taps(CONFIG, EXECUTIONS[name], {"params": weights}, ids_BT)["blocks"]
+    decoder = model.Decoder(CONFIG, EXECUTIONS[name])
+    blocks = decoder.apply({"params": weights}, ids_BT, mutable=["taps"])[1]["taps"]["blocks"]
     names = ("attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj")
     d, f = (2, 2, 8, CONFIG.width), (2, 2, 8, CONFIG.mlp_width)
     assert [blocks[n]["in"].shape for n in names] == [d, d, d, f]
-    assert blocks["resid"].shape == d
+    assert blocks["resid_post"].shape == d
     x_BTD = weights["embed"]["wte"][ids_BT] + weights["embed"]["wpe"][None, :8]
     for layer in range(CONFIG.layers):
         w = jax.tree.map(lambda x, i=layer: x[i], weights["blocks"])
@@ -174,7 +175,7 @@ def test_taps(name, close):
         up_BTF = inputs["mlp_c_fc"] @ w["mlp_c_fc"]["w"] + b(w["mlp_c_fc"])
         close(inputs["mlp_c_proj"], jax.nn.gelu(up_BTF), "float64")
         x_BTD = x_BTD + inputs["mlp_c_proj"] @ w["mlp_c_proj"]["w"] + b(w["mlp_c_proj"])
-        close(blocks["resid"][layer], x_BTD, "float64")
+        close(blocks["resid_post"][layer], x_BTD, "float64")
     hidden_BTD = model.hidden(CONFIG, EXECUTIONS[name], {"params": weights}, ids_BT)
     close(hidden_BTD, norm(x_BTD, weights["final_norm"]), "float64")
 

@@ -4,6 +4,7 @@ Runs that are killed, told to stop, or on several devices are in test_kill.py an
 """
 
 import dataclasses
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_stopped_and_resumed(whole, rows, tmp_path, monkeypatch, at):
         nonlocal steps
         steps += 1
         if steps == at:
-            loop.signal.raise_signal(loop.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return train_step(*args)
 
     train_step = loop.train_step

@@ -11,12 +11,12 @@ import pytest
 import tokenizers
 from core.errors import InputError
 from core.files import jsonable, read_json, read_jsonl, write_json, write_jsonl, write_npy
+from core.page.text import decode, duration, esc, listed, num, percent, shortened, typeset
 from core.rows import load_rows, save_rows
 from evals.report import tokens
 from evals.report.build import SPEC_KEYS, build_report
 from evals.report.data import load_items
 from evals.report.rows import Text
-from evals.report.text import decode, duration, esc, listed, num, percent, shortened, typeset
 
 EFFECTS = {"top": 0.6, "random": 0.2, "bottom": -0.1}
 

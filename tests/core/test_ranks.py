@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attribution.validation.ranks import (
+from core.ranks import (
     auc,
     bootstrap,
     pearson,
