@@ -26,13 +26,17 @@ def is_name(text: str) -> bool:
     return text in LEGACY or bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text))
 
 
-def locate(name: str | os.PathLike[str], patterns: tuple[str, ...] = EVERYTHING) -> Path:
+def locate(
+    name: str | os.PathLike[str], patterns: tuple[str, ...] = EVERYTHING, inner: str = ""
+) -> Path:
     """The folder of a name on the Hub, fetched if need be; any other path as it is.
 
-    patterns: files to fetch, from the top of the repository. InputError if it cannot be had.
+    patterns: files to fetch, from the top of the repository, or from its folder `inner`, which is
+    then the folder returned. InputError if it cannot be had.
     """
     if not isinstance(name, str) or not is_name(name):
-        return Path(name)
+        return Path(name, inner)
+    within = f"{inner}/" if inner else ""
     from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -40,8 +44,8 @@ def locate(name: str | os.PathLike[str], patterns: tuple[str, ...] = EVERYTHING)
         folder = snapshot_download(
             repository,
             revision=revision or None,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],
+            allow_patterns=[within + pattern for pattern in patterns],
+            ignore_patterns=[f"{within}*/*"],
         )
     except errors.GatedRepoError as error:
         raise InputError(
@@ -56,4 +60,4 @@ def locate(name: str | os.PathLike[str], patterns: tuple[str, ...] = EVERYTHING)
         reason = str(error).splitlines()[0]
         raise InputError(f"{name} is no folder here and cannot be fetched ({reason}); download it "
                          "elsewhere and give its folder") from error  # fmt: skip
-    return Path(folder)
+    return Path(folder, inner)

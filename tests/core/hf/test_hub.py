@@ -29,6 +29,7 @@ def put(cache: Path, repository: str, revision: str, *names: str) -> Path:
     folder = place / "snapshots" / COMMIT
     folder.mkdir(parents=True)
     for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     return folder
 
@@ -61,3 +62,11 @@ def test_what_cannot_be_had_is_named(cache, name):
 @pytest.mark.parametrize("path", ["runs/a/b", "/abs/path", "./model", "../model", "model", "a b/c"])
 def test_paths_are_no_names(cache, path):
     assert not hub.is_name(path) and hub.locate(path) == Path(path)
+
+
+def test_a_folder_of_a_repository(cache):
+    folder = put(cache, "google/gemma-scope", "main", "a/b/config.json", "a/b/params.safetensors")
+    assert hub.locate("google/gemma-scope", ("config.json",), "a/b") == folder / "a/b"
+    Path("google/gemma-scope").mkdir(parents=True)
+    here = hub.locate("google/gemma-scope", ("config.json",), "a/b")
+    assert here == Path("google/gemma-scope/a/b")
