@@ -35,7 +35,8 @@ FETCHED = ("config.json", "cfg.json", *(READERS.keys() - {dictionary_learning.PI
 def load(place: str | os.PathLike[str], id: str | None = None) -> Sae | CrossSae:
     """The SAE, transcoder or crosscoder of a folder, or of `organisation/name/folder[@revision]`.
 
-    id: folder in `place`. Parameters are float32. Raises InputError naming what is wrong.
+    id: folder in `place`. A folder that holds no SAE but one in a folder below stands for that one,
+    as the run that trained it. Parameters are float32. Raises InputError naming what is wrong.
     """
     folder, origin = _locate(os.fspath(place), id)
     if not folder.is_dir():
@@ -43,6 +44,8 @@ def load(place: str | os.PathLike[str], id: str | None = None) -> Sae | CrossSae
     for file, read in READERS.items():
         if any(folder.glob(file)):
             return read(folder, origin)
+    if len(inner := _below(folder)) == 1:
+        return load(folder / inner[0])
     raise InputError(f"{folder} holds no SAE: none of {', '.join(READERS)}; {_hint(folder)}")
 
 
@@ -72,10 +75,15 @@ def _locate(place: str, id: str | None) -> tuple[Path, str]:
     return folder, f"{name}/{inner}".rstrip("/") + revision
 
 
+def _below(folder: Path) -> list[str]:
+    """The folders inside that hold SAEs."""
+    found = (path.parent for file in READERS for path in folder.rglob(file))
+    return sorted({str(path.relative_to(folder)) for path in found})
+
+
 def _hint(folder: Path) -> str:
     """What to give instead, if folders below hold some."""
-    below = (path.parent for file in READERS for path in folder.rglob(file))
-    inner = sorted({str(path.relative_to(folder)) for path in below})
+    inner = _below(folder)
     if not inner:
         return "give the folder that holds them, of a repository with --sae-id"
     more = f" (and {len(inner) - 3} more)" if len(inner) > 3 else ""

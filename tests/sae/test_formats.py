@@ -391,6 +391,15 @@ def test_folders_without_an_sae(tmp_path):
 # Names on the Hub
 
 
+def test_a_run_that_trained_one_stands_for_it(copied, tmp_path):
+    """Whatever lies above it; two of them must be told apart."""
+    inner = copied(RESIDUAL)
+    assert formats.load(tmp_path).fingerprint == formats.load(inner).fingerprint
+    copied(AFFINE)
+    with pytest.raises(InputError, match="with --sae-id: .*resid_post.*transcoder_all"):
+        formats.load(tmp_path)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that has the golden folders; calls are kept."""
