@@ -50,6 +50,8 @@ from evals.commands import (
     watch,
     watching_options,
 )
+from evals.probe.commands import probe_group
+from sae.commands import sae_group
 from training.options import training_options, training_settings
 
 
@@ -85,6 +87,8 @@ data_group = group("data", "Text and benchmark items to rows of token ids.")
 train_group = group("train", "Training.")
 cli.add_command(eval_group)
 cli.add_command(attribute_group)
+cli.add_command(sae_group)
+cli.add_command(probe_group)
 bench_group = group("bench", "Speed and memory, as ratios measured in one run.")
 
 
@@ -143,8 +147,29 @@ def page_of(folder: Path) -> dict[str, Any]:
     return {"scores": ".", "rows": info["pool"]["path"], "tokenizer": info["tokenizer"]}
 
 
+def proponents(folder: Path, rows: Any) -> Any:
+    """The scores [N] of rows in a folder of scores, larger = stronger proponent."""
+    from attribution.select import read_proponents
+
+    return read_proponents(folder, rows).mean_N
+
+
+def diagnose(*given: Any) -> dict[str, Any]:
+    """What a folder of scores says of its rows."""
+    from attribution.diagnostics import diagnose
+
+    return diagnose(*given)
+
+
+def select(*given: Any) -> dict[str, Any]:
+    """Rows chosen by a folder of scores, as a rows folder."""
+    from attribution.select import select
+
+    return select(*given)
+
+
 def door() -> Door:
-    return Door(load_rows, load_tokenizer, own_tokenizer, write_page)
+    return Door(load_rows, load_tokenizer, own_tokenizer, write_page, proponents, diagnose, select)
 
 
 # ------------------------------------------------------------------------------------- convert
@@ -516,11 +541,10 @@ def report(source: Path, out: Path | None) -> None:
     click.echo(tidy(f"{target / 'report.html'}"))
 
 
+PRESET = click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"])
 preset_option = click.option(
-    "--preset", default="tiny",
-    type=click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"]),
-    help="size of the model; its weights are random",
-)  # fmt: skip
+    "--preset", default="tiny", type=PRESET, help="size of the model; its weights are random"
+)
 
 
 @bench_group.command("attribution")
@@ -590,6 +614,23 @@ def bench_eval(**opts: Any) -> None:
     cases = [case for case in CASES if str(case.vocab) in opts["vocabularies"]]
     how = (opts["batch_tokens"], opts["repeats"], execution(opts))
     benchmark(opts["out"], table, bench, cases, *how)
+
+
+@bench_group.command("sae")
+@click.option("--preset", default="gemma3-270m", type=PRESET, help="shapes; weights are random")
+@click.option("--layer", type=NATURAL, default=12)
+@click.option("--width", type=POSITIVE, default=16_384, help="features of the SAE")
+@click.option("--batch", type=POSITIVE, default=4, help="rows")
+@click.option("--length", type=POSITIVE, default=512, help="tokens of a row")
+@click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
+@click.option("--out", type=PATH, help="a .json file for the result")
+@execution_options
+def bench_sae(**opts: Any) -> None:
+    """Time fingerprints and an SAE's training step against the model's forward to its layer."""
+    from sae.bench import bench, table
+
+    how = (opts["batch"], opts["length"], opts["repeats"], execution(opts))
+    benchmark(opts["out"], table, bench, opts["preset"], opts["layer"], opts["width"], *how)
 
 
 @bench_group.command("tokenizer")

@@ -9,13 +9,11 @@ medians are compared, so a noisy machine spoils all of them alike. FLOPs of a to
 """
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attribution import dot, exact, gradients
 from attribution.curvature import moments
@@ -28,6 +26,7 @@ from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.layers import activation, layer_norm
 from core.presets import PRESETS
+from core.timing import alternate
 
 PROGRAMS = ("forward", "value_and_grad", "projected", "global_sketch", "token_scores",
             "exact_scores", "kfac", "ekfac_correction", "vmap_grad")  # fmt: skip
@@ -98,22 +97,6 @@ def bench(
         result["parts"] = {**of, "sum": sum(of.values())}
         result["value_and_grad_to_parts"] = whole / sum(of.values())
     return result
-
-
-def alternate(
-    runs: dict[str, Callable[[], Any]], repeats: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median (seconds, CPU seconds) of each, taken in turn; what a first call costs is left out."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began, used = time.perf_counter(), time.process_time()
-            jax.block_until_ready(run())
-            taken[name].append((time.perf_counter() - began, time.process_time() - used))
-    median = {name: np.median(pairs, 0).tolist() for name, pairs in taken.items()}
-    return {n: wall for n, (wall, _) in median.items()}, {n: cpu for n, (_, cpu) in median.items()}
 
 
 def _program(

@@ -61,17 +61,21 @@ MODEL, TOKENIZER = HubName(), TokenizerName()
 
 
 class Door(NamedTuple):
-    """What the door hands to commands (`click.pass_obj`) of rooms that may not import `tokenizers`.
+    """What the door hands to commands (`click.pass_obj`) of rooms that may not import others.
 
     rows: (path, loaded model) -> rows that fit it. tokenizer: (name or None, loaded model) -> the
     tokenizer of that name or the model's own. own: loaded model -> its tokenizer, None if it has
-    none that is known here. page: scores folder -> `report.html` in it.
+    none that is known here. page: scores folder -> `report.html` in it. proponents: (scores folder,
+    rows) -> [N], larger = stronger proponent. diagnose, select: attribution's own.
     """
 
     rows: Callable[[Path, Any], Any]
     tokenizer: Callable[[str | None, Any], Any]
     own: Callable[[Any], Any] = lambda loaded: None
     page: Callable[[Path], Any] = lambda folder: None
+    proponents: Callable[[Path, Any], Any] = lambda folder, rows: None
+    diagnose: Callable[..., dict[str, Any]] = lambda *given: {}
+    select: Callable[..., dict[str, Any]] = lambda *given: {}
 
 
 def tidy(text: str) -> str:

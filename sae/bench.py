@@ -10,13 +10,11 @@ Dims: B rows, T tokens, D width, F features, N tokens of a batch.
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from core import families, schema, taps
 from core.config import Execution, ModelConfig
@@ -24,6 +22,7 @@ from core.errors import InputError
 from core.model import full_precision
 from core.presets import PRESETS
 from core.taps import Tap
+from core.timing import alternate
 from sae import pooling, step, topk
 from sae.coder import Coder, decode, encode, preactivations
 from sae.losses import Objective
@@ -69,7 +68,7 @@ def bench(
     }
     found = runs["fingerprint"]()
     runs["train_step"] = _training(features, runs["forward"]())
-    seconds, cpu = _medians(runs, repeats)
+    seconds, cpu = alternate(runs, repeats)
     ratios, ratios_cpu = (
         {name: value / max(of["forward"], 1e-9) for name, value in of.items()}
         for of in (seconds, cpu)
@@ -154,22 +153,6 @@ def _training(features: int, x_BTD: jax.Array) -> Callable[[], Any]:
         return state.step, metrics
 
     return run
-
-
-def _medians(
-    runs: dict[str, Callable[[], Any]], repeats: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """(seconds, CPU seconds) of each, taken in turn; what a first call costs is left out."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began, used = time.perf_counter(), time.process_time()
-            jax.block_until_ready(run())
-            taken[name].append((time.perf_counter() - began, time.process_time() - used))
-    median = {name: np.median(pairs, 0).tolist() for name, pairs in taken.items()}
-    return {n: wall for n, (wall, _) in median.items()}, {n: cpu for n, (_, cpu) in median.items()}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -100,13 +100,15 @@ def test_only_declared_packages():
 def test_the_door_opens_at_once():
     """`--help` loads nothing heavy: the door and what its commands share import click alone."""
     light = {"click"} | set(sys.stdlib_module_names)
-    rooms = {"core", "attribution", "training", "evals"}
+    rooms = {"core", "attribution", "training", "evals", "sae"}
     commands = {file: rooms for file in (ROOT / "attribution/commands").iterdir()}
     doors = {
         ROOT / "cli.py": rooms,
         ROOT / "core/command.py": set(),
         ROOT / "training/options.py": {"core"},
         ROOT / "evals/commands.py": {"core"},
+        ROOT / "evals/probe/commands.py": {"core"},
+        ROOT / "sae/commands.py": {"core"},
     }
     for file, also in (commands | doors).items():
         if file.suffix == ".py":
@@ -153,7 +155,7 @@ def test_the_compute_core_needs_no_data_packages():
         "core.model", "core.loss", "core.linear", "core.schema", "core.config", "core.families",
         "core.sharding", "training.step", "training.optim", "attribution.gradients",
         "attribution.bench", "attribution.magic.bench", "core.generate", "evals.bench",
-        "evals.bench_scorer",
+        "evals.bench_scorer", "sae.coder", "sae.pooling", "sae.step", "sae.bench",
     ]  # fmt: skip
     command = [sys.executable, "-c", BARE, *names]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)

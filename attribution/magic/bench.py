@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attribution.bench import alternate
 from attribution.magic import adjoint as adjoints
 from attribution.magic.adjoint import Adjoint
 from core import families, model, schema
 from core.config import Execution
 from core.errors import InputError
 from core.presets import PRESETS
+from core.timing import alternate
 from training import step as steps
 from training.optim import Optim
 from training.step import Recipe, State

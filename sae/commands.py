@@ -1,0 +1,346 @@
+"""The commands of `sae`. Nothing heavy is imported before one of them runs."""
+
+from typing import Any
+
+import click
+
+from core.command import (
+    MODEL,
+    NATURAL,
+    PATH,
+    POSITIVE,
+    SEED,
+    Door,
+    Finite,
+    batch_tokens_option,
+    execution,
+    execution_options,
+    load_model,
+    model_option,
+    options,
+    out_option,
+    producing,
+    running,
+    show,
+    tidy,
+)
+
+KINDS = ("topk", "batchtopk", "jumprelu", "matryoshka", "standard", "gated", "abstopk")
+sae_group = click.Group(
+    "sae", help="Sparse autoencoders: encode, train, judge, fingerprint, predict attribution."
+)
+
+sae_option = options(
+    click.option("--sae", type=MODEL, required=True,
+                 help="folder of an SAE, a run of sae train, or ORG/NAME/FOLDER on the Hub"),
+    click.option("--sae-id", help="folder in --sae, as resid_post/layer_12_width_16k_l0_medium"),
+)  # fmt: skip
+site_option = click.option("--site", help="activation to read, as resid_post.12; default: what the "
+                           "SAE's file says")  # fmt: skip
+rows_option = click.option("--rows", type=PATH, required=True)
+resume_option = click.option("--resume", type=click.Choice(["auto", "never"]), default="auto",
+                             help="never: begin anew")  # fmt: skip
+
+
+training_options = options(
+    click.option("--site", "sites", multiple=True, required=True,
+                 help="activation to train on, as resid_post.12, may be repeated; of a transcoder "
+                 "two, as mlp_in.12:mlp_out.12"),
+    click.option("--architecture", type=click.Choice(KINDS), default="batchtopk"),
+    click.option("--width", "widths", type=POSITIVE, multiple=True,
+                 help="features, may be repeated; default: 16 times the activation's width"),
+    click.option("--k", "ks", type=POSITIVE, multiple=True, default=(32,),
+                 help="active features of a token (top-k kinds), may be repeated"),
+    click.option("--k-start", type=POSITIVE, help="where k begins; it falls over --k-warmup steps"),
+    click.option("--k-warmup", type=NATURAL, default=0),
+    click.option("--sparsity", type=Finite(0),
+                 help="coefficient of the sparsity loss; default: 1 of jumprelu, 5 of others"),
+    click.option("--sparsity-warmup", type=Finite(0, 1), default=0.1,
+                 help="share of the steps over which it rises from 0"),
+    click.option("--l0-loss", type=click.Choice(["tanh", "quadratic", "step"]), default="tanh",
+                 help="of jumprelu"),
+    click.option("--target-l0", type=Finite(0, min_open=True), help="of --l0-loss quadratic"),
+    click.option("--bandwidth", type=Finite(0, min_open=True), default=0.05,
+                 help="around jumprelu's thresholds in which they learn"),
+    click.option("--prefix", "prefixes", type=POSITIVE, multiple=True,
+                 help="features of a matryoshka's nested SAEs; default: 1/16, 1/4 and all"),
+    click.option("--aux", type=click.Choice(["saelens", "openai", "sparsify"]), default="openai",
+                 help="how dead features learn in top-k kinds"),
+    click.option("--tokens", type=POSITIVE, help="to train on; default: every token once"),
+    click.option("--batch", type=POSITIVE, default=4096, help="tokens of a step"),
+    click.option("--lr", type=Finite(0, min_open=True), help="default: by architecture and width"),
+    click.option("--warmup", type=Finite(0, 1), default=0.05,
+                 help="share of the steps over which the rate rises"),
+    click.option("--decay", type=Finite(0, 1), default=0.2,
+                 help="share of the steps, the last, over which it falls to 0"),
+    click.option("--beta1", type=Finite(0, 1, max_open=True), default=0.9),
+    click.option("--clip", type=Finite(0, min_open=True), default=1.0, help="global gradient norm"),
+    click.option("--dead-tokens", type=POSITIVE, default=10_000_000,
+                 help="tokens without firing after which a feature is dead"),
+    click.option("--normalize/--no-normalize", default=True,
+                 help="train on activations of mean norm sqrt(D); undone in what is written"),
+    click.option("--buffer", type=POSITIVE, default=2**18, help="tokens shuffled together"),
+    click.option("--cache", type=PATH, help="folder to keep activations in; results are the same"),
+    click.option("--log-every", type=POSITIVE, default=50, help="steps"),
+    click.option("--save-every", type=POSITIVE, default=1000, help="steps"),
+    click.option("--model-parallel", type=POSITIVE, default=1,
+                 help="devices that share the features"),
+    click.option("--seed", type=SEED, default=0),
+)  # fmt: skip
+
+
+def load_sae(opts: dict[str, Any], many: bool = False) -> Any:
+    """The SAE of `sae_option`; many: also a crosscoder, which reads several layers."""
+    from sae import formats
+
+    return (formats.load if many else formats.load_one)(opts["sae"], opts["sae_id"])
+
+
+@sae_group.command("encode")
+@sae_option
+@click.option("--activations", type=PATH, required=True,
+              help=".npy [M, D]; of a crosscoder [M, layers, D]")  # fmt: skip
+@click.option("--out", type=PATH, required=True, help="a .npz file")
+def encode_command(**opts: Any) -> None:
+    """Features and reconstructions of activations from a file."""
+    from core.errors import InputError
+    from core.files import write_json
+    from sae.encode import encode
+
+    if opts["out"].suffix != ".npz":
+        raise InputError(f"{opts['out']} must end in .npz")
+    with producing("sae encode", opts, file=True) as file:
+        if file is not None:
+            sae = load_sae(opts, many=True)
+            summary = {**encode(sae, opts["activations"], file), "sae": sae.fingerprint}
+            write_json(file.with_suffix(".json"), summary)
+            show(opts["out"], summary)
+
+
+@sae_group.command("train")
+@model_option
+@rows_option
+@training_options
+@resume_option
+@batch_tokens_option
+@out_option
+@execution_options
+@click.pass_obj
+def train_command(door: Door, **opts: Any) -> None:
+    """Train one or several SAEs or transcoders from one pass of the model."""
+    from core import distributed
+    from sae import train as t
+    from sae.activations import row_counts
+
+    with running("sae train", opts) as run:
+        if run is None:
+            return
+        loaded = load_model(opts["model"], opts["adapter"])
+        rows = door.rows(opts["rows"], loaded)
+        names = ("tokens", "batch", "seed", "normalize", "buffer", "batch_tokens", "cache",
+                 "log_every", "save_every", "model_parallel")  # fmt: skip
+        settings = t.Settings(**{name: opts[name] for name in names})
+        steps = settings.steps(int(row_counts(rows, loaded.config.bos).sum()))
+        jobs = jobs_of(opts, loaded.config, steps)
+        run.inputs(model=loaded.fingerprint, rows=rows.sha, **distributed.layout())
+        summary = t.train(run, loaded, rows, jobs, settings, execution(opts), str(opts["model"]))
+        run.finish(**summary)
+        for name, found in summary["saes"].items():
+            show(run.path / name, found)
+
+
+def jobs_of(opts: dict[str, Any], config: Any, steps: int) -> list[Any]:
+    """A `sae.train.Job` for each site, width and k."""
+    from core import taps
+    from core.errors import InputError
+    from sae.train import Job
+
+    top = opts["architecture"] not in ("jumprelu", "standard", "gated")
+    jobs = []
+    for site in opts["sites"]:
+        source, _, target = site.partition(":")
+        reads = taps.parse(source, config)
+        writes = taps.parse(target, config) if target else reads
+        d_in, d_out = taps.width(config, reads), taps.width(config, writes)
+        for width in opts["widths"] or (16 * d_in,):
+            for k in opts["ks"] if top else opts["ks"][:1]:
+                name = f"{site.replace(':', '-')}_{opts['architecture']}_{width}"
+                name += f"_k{k}" if top and len(opts["ks"]) > 1 else ""
+                recipe = recipe_of(opts, steps, (d_in, width, d_out), k, bool(target))
+                jobs.append(Job(name, reads, writes, recipe))
+    if opts["widths"] and opts["prefixes"] and len(opts["widths"]) > 1:
+        raise InputError("--prefix is of one --width; train the others by themselves")
+    return jobs
+
+
+def recipe_of(
+    opts: dict[str, Any], steps: int, sizes: tuple[int, int, int], k: int, transcoder: bool
+) -> Any:
+    """The `sae.step.Recipe` of one of them. sizes: width in, features, width out."""
+    from sae import losses
+    from sae.step import Recipe
+
+    kind, (d_in, width, d_out) = opts["architecture"], sizes
+    ranked = kind in losses.RANKED
+    nested = opts["prefixes"] or (max(width // 16, 1), max(width // 4, 1))
+    objective = losses.Objective(
+        kind,
+        k=k if ranked else 0,
+        k_start=opts["k_start"] or 0 if ranked else 0,
+        centred=not transcoder,
+        sparsity=0.0 if ranked else opts["sparsity"] or {"jumprelu": 1.0}.get(kind, 5.0),
+        l0=opts["l0_loss"],
+        target_l0=opts["target_l0"] or 0.0,
+        bandwidth=opts["bandwidth"],
+        aux={"saelens": losses.SAELENS, "openai": losses.OPENAI, "sparsify": losses.SPARSIFY}[
+            opts["aux"]
+        ],
+        widths=tuple(sorted({*nested, width})) if kind == "matryoshka" else (),
+    )
+    return Recipe(
+        objective,
+        d_in,
+        width,
+        d_out,
+        steps,
+        transcoder,
+        opts["lr"],
+        opts["beta1"],
+        warmup=int(opts["warmup"] * steps),
+        decay=opts["decay"],
+        clip=opts["clip"],
+        sparsity_warmup=int(opts["sparsity_warmup"] * steps),
+        k_warmup=opts["k_warmup"],
+        dead_tokens=opts["dead_tokens"],
+    )
+
+
+@sae_group.command("eval")
+@model_option
+@rows_option
+@sae_option
+@site_option
+@resume_option
+@batch_tokens_option
+@out_option
+@execution_options
+@click.pass_obj
+def eval_command(door: Door, **opts: Any) -> None:
+    """How well an SAE tells activations, and how well the model runs on what it tells."""
+    from sae.evaluate import evaluate, places_of
+
+    with running("sae eval", opts) as run:
+        if run is None:
+            return
+        loaded, sae = load_model(opts["model"], opts["adapter"]), load_sae(opts)
+        places = places_of(sae, opts["site"], loaded.config, str(opts["sae"]))
+        rows = door.rows(opts["rows"], loaded)
+        run.inputs(model=loaded.fingerprint, rows=rows.sha, sae=sae.fingerprint)
+        how = (execution(opts), opts["batch_tokens"])
+        results = evaluate(run, loaded, rows, sae, places, *how)
+        run.finish(**results)
+        show(run.path, results, "tokens", "explained_variance", "l0", "dead", "dense_10",
+             "ce_clean", "ce_sae", "ce_zero", "ce_score", "kl_score")  # fmt: skip
+
+
+@sae_group.command("fingerprint")
+@model_option
+@rows_option
+@sae_option
+@site_option
+@click.option("--k", type=POSITIVE, default=256, help="features kept of a row")
+@click.option("--token-k", type=NATURAL, default=0,
+              help="also kept of every token, for attention over tokens, as 16")  # fmt: skip
+@resume_option
+@batch_tokens_option
+@out_option
+@execution_options
+@click.pass_obj
+def fingerprint_command(door: Door, **opts: Any) -> None:
+    """The features that each row has: pooled, sparse, with ten statistics."""
+    from sae import fingerprint as f
+
+    with running("sae fingerprint", opts) as run:
+        if run is None:
+            return
+        loaded, sae = load_model(opts["model"], opts["adapter"]), load_sae(opts)
+        tap = f.site(loaded, sae, opts["site"])
+        rows = door.rows(opts["rows"], loaded)
+        settings = f.Settings(opts["k"], opts["token_k"], opts["batch_tokens"])
+        summary = f.fingerprint(run, loaded, rows, sae, tap, settings, execution(opts))
+        run.finish(**summary)
+        show(run.path, summary)
+
+
+@sae_group.command("classify")
+@click.option("--fingerprints", type=PATH, required=True, help="folder of sae fingerprint")
+@click.option("--scores", type=PATH, required=True, help="folder of scores of the same rows")
+@click.option("--rows", type=PATH, help="the rows; default: where they were fingerprinted")
+@click.option("--label", default="top:0.25",
+              help="which rows are proponents: top:SHARE against the rest, or quantile:SHARE, top "
+              "against bottom")  # fmt: skip
+@click.option("--seeds", type=POSITIVE, default=5, help="of splits by document, and of networks")
+@click.option("--k", "ks", type=POSITIVE, multiple=True,
+              help="features of a fingerprint that count, may be repeated, chosen on validation; "
+              "default: all there are")  # fmt: skip
+@click.option("--quality", multiple=True,
+              help="column of the rows to compare with, as Magpie's quality")  # fmt: skip
+@resume_option
+@out_option
+@click.pass_obj
+def classify_command(door: Door, **opts: Any) -> None:
+    """Predict from fingerprints which rows attribution ranks high, beside what is known without."""
+    from core.files import read_jsonl
+    from core.rows import load_rows
+    from core.rundir import stamps
+    from sae import baselines, classify, labels, verdict
+    from sae.fingerprint import read_fingerprints
+
+    with running("sae classify", opts) as run:
+        if run is None:
+            return
+        found = read_fingerprints(opts["fingerprints"])
+        rows = load_rows(opts["rows"] or found.info["rows"]["path"])
+        scores_N = door.proponents(opts["scores"], rows)
+        lines = read_jsonl(opts["scores"] / "row_diagnostics.jsonl")
+        pool = baselines.pool(rows, scores_N, lines, opts["quality"], scores=str(opts["scores"]))
+        rule, seeds = labels.parse(opts["label"]), tuple(range(opts["seeds"]))
+        settings = classify.Settings(rule, seeds, opts["ks"])
+        classify.prepare(found, pool, settings)  # all checks
+        run.inputs(rows=rows.sha, sae=found.info["sae"]["fingerprint"], **stamps(opts))
+        results = classify.classify(run.path, found, pool, settings)
+        run.finish()
+        for warning in results["warnings"]:
+            click.echo(warning, err=True)
+        click.echo(verdict.table(results))
+        click.echo(tidy(f"{run.path / 'results.json'}"))
+
+
+@sae_group.command("apply")
+@click.option("--classifier", type=PATH, required=True, help="folder of sae classify")
+@model_option
+@rows_option
+@click.option("--sae", type=MODEL, help="default: the one that the classifier was made with")
+@click.option("--sae-id", help="folder inside --sae")
+@click.option("--k", type=POSITIVE, help="also write the k best rows to OUT/selected")
+@resume_option
+@batch_tokens_option
+@out_option
+@execution_options
+@click.pass_obj
+def apply_command(door: Door, **opts: Any) -> None:
+    """Rank a pool by its fingerprints alone, into a folder of scores, and select from it."""
+    from sae import apply, classifier
+
+    with running("sae apply", opts) as run:
+        if run is None:
+            return
+        made = classifier.load(opts["classifier"])
+        sae = load_sae({**opts, "sae": opts["sae"] or made.about["sae"]["path"]})
+        loaded = load_model(opts["model"], opts["adapter"])
+        rows = door.rows(opts["rows"], loaded)
+        lent = apply.Lent(door.diagnose, door.select)
+        how = (execution(opts), opts["batch_tokens"])
+        summary = apply.apply(run, made, loaded, sae, rows, opts["k"], lent, *how)
+        run.finish()
+        show(run.path, {"rows": summary["rows"], **summary["score"]})
