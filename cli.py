@@ -633,6 +633,27 @@ def bench_sae(**opts: Any) -> None:
     benchmark(opts["out"], table, bench, opts["preset"], opts["layer"], opts["width"], *how)
 
 
+@bench_group.command("probe")
+@preset_option
+@click.option("--rows", type=POSITIVE, default=256, help="made-up ones")
+@click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
+@click.option("--samples", type=POSITIVE, default=500, help="positives to train on")
+@click.option("--repeats", type=POSITIVE, default=3, help="alternating, of which the median")
+@click.option("--out", type=PATH, help="a .json file for the result")
+@batch_tokens_option
+@execution_options
+def bench_probe(**opts: Any) -> None:
+    """Time a sweep of probes over all layers against a probe of the last one."""
+    from evals.bench_probe import bench, table
+    from evals.probe.run import Settings
+
+    settings = Settings(samples=opts["samples"], batch_tokens=opts["batch_tokens"])
+    benchmark(
+        opts["out"], table, bench,
+        opts["preset"], opts["rows"], opts["length"], settings, opts["repeats"], execution(opts),
+    )  # fmt: skip
+
+
 @bench_group.command("tokenizer")
 @click.option("--tokenizer", type=TOKENIZER, default="bytes",
               help="a name, or a folder or file")  # fmt: skip

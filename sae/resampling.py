@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.classification import weighted
 from core.ranks import DRAWS
 
 LEVEL = 0.95
@@ -63,38 +64,18 @@ def measure(
     AUROC and AP are over rows with a label (1 or 0, -1 = none), Spearman's correlation with the
     actual score over all. document_N: into the columns of counts_RG.
     """
-    labelled = np.flatnonzero(label_N >= 0)
-    positive_L = label_N[labelled] == 1
+    labelled = label_N >= 0
+    kinds = (scores_N[labelled], label_N[labelled] == 1, document_N[labelled])
     size = max(1, HELD // max(len(scores_N), 1))
     blocks = []
     for start in range(0, len(counts_RG), size):
-        weights_RN = counts_RG[start : start + size][:, document_N].astype(np.float64)
-        weights_RL = weights_RN[:, labelled]
+        weights_RG = counts_RG[start : start + size].astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            blocks.append((
-                auc(scores_N[labelled], positive_L, weights_RL),
-                average_precision(scores_N[labelled], positive_L, weights_RL),
-                spearman(scores_N, actual_N, weights_RN),
-            ))  # fmt: skip
+            rho_R = spearman(scores_N, actual_N, weights_RG[:, document_N])
+        blocks.append(
+            (weighted(*kinds, weights_RG, "auroc"), weighted(*kinds, weights_RG, "ap"), rho_R)
+        )
     return Measured(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
-
-
-def auc(scores_N: np.ndarray, positive_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
-    """Chance that a positive scores above a negative, half of ties counted, [R]."""
-    total = _by_score(scores_N)
-    positive_RU, negative_RU = total(weights_RN * positive_N), total(weights_RN * ~positive_N)
-    below_RU = negative_RU.cumsum(1) - negative_RU / 2
-    return (positive_RU * below_RU).sum(1) / (positive_RU.sum(1) * negative_RU.sum(1))
-
-
-def average_precision(
-    scores_N: np.ndarray, positive_N: np.ndarray, weights_RN: np.ndarray
-) -> np.ndarray:
-    """Mean over positives of the precision at their score, rows of one score together, [R]."""
-    total = _by_score(-scores_N)
-    positive_RU, all_RU = total(weights_RN * positive_N), total(weights_RN)
-    precision_RU = positive_RU.cumsum(1) / np.maximum(all_RU.cumsum(1), 1)
-    return (positive_RU * precision_RU).sum(1) / positive_RU.sum(1)
 
 
 def spearman(x_N: np.ndarray, y_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
