@@ -121,7 +121,6 @@ def token_losses(
     of `kl`. catch: an identity on the logits of a chunk that sees them and their hidden states.
     """
     hiddens = hidden_BTD if base_BTD is None else jnp.stack([hidden_BTD, base_BTD], -2)
-    chunks = _chunks(hiddens.reshape(*hidden_BTD.shape[:2], -1), targets_BT, chunk)
     d = hidden_BTD.shape[-1]
 
     @jax.checkpoint
@@ -131,13 +130,51 @@ def token_losses(
         cost_BC = _cost(catch(_logits(h_BCD, head_VD), h_BCD), y_BC, base_BCV, objective)
         return jnp.where(y_BC == IGNORED, 0, cost_BC)
 
+    return _walk(cost, hiddens.reshape(*hidden_BTD.shape[:2], -1), targets_BT, chunk)
+
+
+def compared(
+    hidden_SBTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of S hidden states of one output matrix: nll [S,B,T], and KL(p_0 || p_s) [S,B,T] in nats.
+
+    0 where the target is -100. No logits are formed twice; chunk: see `token_losses`.
+    """
+    count, b, t, d = hidden_SBTD.shape
+
+    def cost(h_BCX: jax.Array, y_BC: jax.Array) -> jax.Array:
+        h_BCSD = h_BCX.reshape(*y_BC.shape, count, d)
+        logp = [jax.nn.log_softmax(_logits(h_BCSD[:, :, s], head_VD)) for s in range(count)]
+        p_BCV = jnp.exp(logp[0])
+        nll = [-_pick(logp_BCV, y_BC) for logp_BCV in logp]
+        kl = [(p_BCV * (logp[0] - logp_BCV)).sum(-1) for logp_BCV in logp]
+        return jnp.where((y_BC == IGNORED)[..., None], 0, jnp.stack([*nll, *kl], -1))
+
+    joined_BTX = jnp.moveaxis(hidden_SBTD, 0, 2).reshape(b, t, -1)
+    found_SBT = jnp.moveaxis(_walk(cost, joined_BTX, targets_BT, max(chunk // count, 1)), -1, 0)
+    return found_SBT[:count], found_SBT[count:]
+
+
+def _walk(
+    cost: Callable[[jax.Array, jax.Array], jax.Array],
+    hidden_BTX: jax.Array,
+    targets_BT: jax.Array,
+    tokens: int,
+) -> jax.Array:
+    """cost(hidden [B,C,X], targets [B,C]) -> [B,C,...] of all positions, `tokens` of them at once.
+
+    0 for chunks without a target, which cost nothing.
+    """
+    chunks = _chunks(hidden_BTX, targets_BT, tokens)
     if chunks.hidden.shape[0] == 1:
         return cost(chunks.hidden[0], chunks.targets[0])
+    like = jax.eval_shape(cost, chunks.hidden[0], chunks.targets[0])
 
     def body(carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        h_BCD, y_BC = chunk
-        zeros = jnp.zeros(y_BC.shape, np.promote_types(h_BCD.dtype, jnp.float32))
-        return carry, jax.lax.cond((y_BC != IGNORED).any(), cost, lambda *_: zeros, h_BCD, y_BC)
+        def skip(*_: jax.Array) -> jax.Array:
+            return jnp.zeros(like.shape, like.dtype)
+
+        return carry, jax.lax.cond((chunk[1] != IGNORED).any(), cost, skip, *chunk)
 
     _, cost_nBC = jax.lax.scan(body, None, (chunks.hidden, chunks.targets))
     return _unchunk(cost_nBC, chunks.order_BT)

@@ -25,7 +25,6 @@ from core.config import Execution, ModelConfig
 from core.errors import InputError
 from core.files import atomic, read_npz, write_json, write_npy
 from core.inference import overlapped
-from core.loss import Objective
 from core.model import Variables
 from core.progress import Progress
 from core.rows import Batch, Plan, Rows, read_ahead
@@ -87,23 +86,16 @@ def measure(
     )  # fmt: skip
     told_BTO = found.y_NO.reshape(t_BTO.shape).astype(t_BTO.dtype)
     told_BTO = jnp.where(counts_BT[..., None], told_BTO, t_BTO)
-    head_VD, targets_BT = model.head(config, variables["params"]), model.targets(labels_BT)
-    chunk = execution.tokens_per_chunk(config.vocab_size)
-
-    def cost(h_BTD: jax.Array) -> jax.Array:
-        return loss.token_losses(h_BTD, head_VD, targets_BT, chunk)
-
-    def divergence(other_BTD: jax.Array) -> jax.Array:
-        kl = Objective("kl")
-        return loss.token_losses(h_BTD, head_VD, targets_BT, chunk // 2 + 1, kl, other_BTD)
 
     def instead(value_BTO: jax.Array) -> jax.Array:
         other = taps.spliced(config, variables, places.writes, value_BTO)
         return model.hidden(config, execution, other, ids_BT)
 
-    sae_BTD, zero_BTD = instead(told_BTO), instead(jnp.zeros_like(told_BTO))
-    losses = (cost(h_BTD), cost(sae_BTD), cost(zero_BTD), divergence(sae_BTD), divergence(zero_BTD))
-    return found._replace(y_NO=jnp.zeros(0)), losses
+    hidden_SBTD = jnp.stack([h_BTD, instead(told_BTO), instead(jnp.zeros_like(told_BTO))])
+    head_VD, targets_BT = model.head(config, variables["params"]), model.targets(labels_BT)
+    chunk = execution.tokens_per_chunk(config.vocab_size)
+    nll_SBT, kl_SBT = loss.compared(hidden_SBTD, head_VD, targets_BT, chunk)
+    return found._replace(y_NO=jnp.zeros(0)), (*nll_SBT, *kl_SBT[1:])
 
 
 def evaluate(

@@ -105,6 +105,22 @@ def test_every_order_of_token_nll(x64, close):
     close(orders(functools.partial(plain, chunk=4)), orders(full), "float64")
 
 
+@pytest.mark.parametrize("chunk", [4, 12, 1000])
+def test_compared(chunk, x64, close):
+    """The losses of each of several hidden states, and how far each is from the first."""
+    (hidden_BTD, head_VD, weights_BT), targets_BT = problem()
+    hidden_SBTD = jnp.stack([hidden_BTD, hidden_BTD * 0.5, hidden_BTD[::-1]])
+    compared = jax.jit(loss.compared, static_argnums=3)
+    nll_SBT, kl_SBT = compared(hidden_SBTD, head_VD, targets_BT, chunk)
+    logp_SBTV = np.asarray(jax.nn.log_softmax(jnp.einsum("SBTD,VD->SBTV", hidden_SBTD, head_VD)))
+    difference_SBTV = logp_SBTV[:1] - logp_SBTV
+    expected_SBT = (np.exp(logp_SBTV[:1]) * difference_SBTV).sum(-1)
+    close(kl_SBT, np.where(targets_BT == -100, 0, expected_SBT), "float64")
+    for nll_BT, state_BTD in zip(nll_SBT, hidden_SBTD, strict=True):
+        close(nll_BT, full(state_BTD, head_VD, weights_BT, targets_BT)[1], "float64")
+    assert (np.asarray(kl_SBT[0]) == 0).all() and np.asarray(kl_SBT[1:]).max() > 0.01
+
+
 @pytest.mark.parametrize("chunk", [4, 1000])
 def test_no_reverse_derivative_through_the_token_losses(chunk):
     (hidden_BTD, head_VD, weights_BT), targets_BT = problem(np.float32)
