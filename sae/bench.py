@@ -23,11 +23,12 @@ from core.model import full_precision
 from core.presets import PRESETS
 from core.taps import Tap
 from core.timing import alternate
-from sae import pooling, step, topk
+from sae import pooling, topk
 from sae.coder import Coder, decode, encode, preactivations
-from sae.losses import Objective
 from sae.pooling import STATISTICS, Spec
-from sae.step import Recipe
+from sae.training import step
+from sae.training.losses import Objective
+from sae.training.step import Recipe
 
 VOCABULARY = 16_384
 L0 = 60  # of Gemma Scope's SAEs of medium sparsity

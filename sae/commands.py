@@ -129,8 +129,8 @@ def encode_command(**opts: Any) -> None:
 def train_command(door: Door, **opts: Any) -> None:
     """Train one or several SAEs or transcoders from one pass of the model."""
     from core import distributed
-    from sae import train as t
     from sae.activations import row_counts
+    from sae.training import run as t
 
     with running("sae train", opts) as run:
         if run is None:
@@ -150,10 +150,10 @@ def train_command(door: Door, **opts: Any) -> None:
 
 
 def jobs_of(opts: dict[str, Any], config: Any, steps: int) -> list[Any]:
-    """A `sae.train.Job` for each site, width and k."""
+    """A `sae.training.run.Job` for each site, width and k."""
     from core import taps
     from core.errors import InputError
-    from sae.train import Job
+    from sae.training.run import Job
 
     top = opts["architecture"] not in ("jumprelu", "standard", "gated")
     jobs = []
@@ -176,9 +176,9 @@ def jobs_of(opts: dict[str, Any], config: Any, steps: int) -> list[Any]:
 def recipe_of(
     opts: dict[str, Any], steps: int, sizes: tuple[int, int, int], k: int, transcoder: bool
 ) -> Any:
-    """The `sae.step.Recipe` of one of them. sizes: width in, features, width out."""
-    from sae import losses
-    from sae.step import Recipe
+    """The `sae.training.step.Recipe` of one of them. sizes: width in, features, width out."""
+    from sae.training import losses
+    from sae.training.step import Recipe
 
     kind, (d_in, width, d_out) = opts["architecture"], sizes
     ranked = kind in losses.RANKED
@@ -227,13 +227,14 @@ def recipe_of(
 @click.pass_obj
 def eval_command(door: Door, **opts: Any) -> None:
     """How well an SAE tells activations, and how well the model runs on what it tells."""
-    from sae.evaluate import evaluate, places_of
+    from sae.evaluate import evaluate
+    from sae.places import places_of
 
     with running("sae eval", opts) as run:
         if run is None:
             return
         loaded, sae = load_model(opts["model"], opts["adapter"]), load_sae(opts)
-        places = places_of(sae, opts["site"], loaded.config, str(opts["sae"]))
+        places = places_of(sae, opts["site"], loaded.config)
         rows = door.rows(opts["rows"], loaded)
         run.inputs(model=loaded.fingerprint, rows=rows.sha, sae=sae.fingerprint)
         how = (execution(opts), opts["batch_tokens"])
@@ -259,12 +260,13 @@ def eval_command(door: Door, **opts: Any) -> None:
 def fingerprint_command(door: Door, **opts: Any) -> None:
     """The features that each row has: pooled, sparse, with ten statistics."""
     from sae import fingerprint as f
+    from sae.places import places_of
 
     with running("sae fingerprint", opts) as run:
         if run is None:
             return
         loaded, sae = load_model(opts["model"], opts["adapter"]), load_sae(opts)
-        tap = f.site(loaded, sae, opts["site"])
+        tap = places_of(sae, opts["site"], loaded.config).reads
         rows = door.rows(opts["rows"], loaded)
         settings = f.Settings(opts["k"], opts["token_k"], opts["batch_tokens"])
         summary = f.fingerprint(run, loaded, rows, sae, tap, settings, execution(opts))
@@ -293,8 +295,8 @@ def classify_command(door: Door, **opts: Any) -> None:
     from core.files import read_jsonl
     from core.rows import load_rows
     from core.rundir import stamps
-    from sae import baselines, classify, labels, verdict
     from sae.fingerprint import read_fingerprints
+    from sae.predict import baselines, classify, labels, verdict
 
     with running("sae classify", opts) as run:
         if run is None:
@@ -330,7 +332,7 @@ def classify_command(door: Door, **opts: Any) -> None:
 @click.pass_obj
 def apply_command(door: Door, **opts: Any) -> None:
     """Rank a pool by its fingerprints alone, into a folder of scores, and select from it."""
-    from sae import apply, classifier
+    from sae.predict import apply, classifier
 
     with running("sae apply", opts) as run:
         if run is None:
@@ -344,3 +346,39 @@ def apply_command(door: Door, **opts: Any) -> None:
         summary = apply.apply(run, made, loaded, sae, rows, opts["k"], lent, *how)
         run.finish()
         show(run.path, {"rows": summary["rows"], **summary["score"]})
+
+
+@sae_group.command("dashboard")
+@model_option
+@rows_option
+@sae_option
+@site_option
+@click.option("--classifier", type=PATH, help="folder of sae classify, whose weights to show")
+@click.option("--features", type=POSITIVE, default=500,
+              help="of how many to keep contexts: those of the largest weights, else of the "
+              "largest activations")  # fmt: skip
+@click.option("--feature", "also", type=NATURAL, multiple=True,
+              help="number of a feature to keep contexts of as well, may be repeated")  # fmt: skip
+@resume_option
+@batch_tokens_option
+@out_option
+@execution_options
+@click.pass_obj
+def dashboard_command(door: Door, **opts: Any) -> None:
+    """One page of an SAE's features: when they fire, on what, and what they promote."""
+    from sae.dashboard import build
+    from sae.places import places_of
+    from sae.predict import classifier
+
+    with running("sae dashboard", opts) as run:
+        if run is None:
+            return
+        loaded, sae = load_model(opts["model"], opts["adapter"]), load_sae(opts)
+        tap = places_of(sae, opts["site"], loaded.config).reads
+        rows = door.rows(opts["rows"], loaded)
+        made = classifier.load(opts["classifier"]) if opts["classifier"] else None
+        settings = build.Settings(opts["features"], opts["also"], opts["batch_tokens"])
+        how = (settings, execution(opts), made)
+        summary = build.dashboard(run, loaded, rows, sae, tap, door.own(loaded), *how)
+        run.finish(**summary)
+        show(run.path / build.PAGE, summary)

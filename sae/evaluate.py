@@ -13,7 +13,7 @@ Dims: B rows, T tokens, D width in, O width out.
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,37 +29,13 @@ from core.model import Variables
 from core.progress import Progress
 from core.rows import Batch, Plan, Rows, read_ahead
 from core.rundir import Run
-from core.taps import Tap
 from sae.activations import counted
-from sae.coder import Coder, Params, Sae, check_input
+from sae.coder import Coder, Params, Sae
 from sae.metrics import Figures, Totals, figures
+from sae.places import Places
 
 SAVE_EVERY = 50  # batches
 LOSSES = ("ce_clean", "ce_sae", "ce_zero", "kl_sae", "kl_zero")
-
-
-class Places(NamedTuple):
-    """What an SAE reads and what it stands for; of a transcoder two activations, else one."""
-
-    reads: Tap
-    writes: Tap
-
-
-def places_of(sae: Sae, site: str | None, config: ModelConfig, where: str) -> Places:
-    """Where the SAE belongs in this model: what its file says, or `site`, for both.
-
-    Raises InputError when neither says, they differ, or the widths do.
-    """
-    if site is None and sae.about.tap_in is None:
-        raise InputError(f"{where}: the file does not say which activation it is for; give --site")
-    reads = taps.parse(site or str(sae.about.tap_in), config)
-    check_input(sae, taps.width(config, reads), str(reads), where)
-    writes = taps.parse(sae.about.tap_out, config) if sae.about.tap_out else reads
-    if sae.coder.d_out != taps.width(config, writes):
-        raise InputError(f"{where}: writes {sae.coder.d_out} features, {writes} has "
-                         f"{taps.width(config, writes)}; is it a transcoder of another place?"
-                         )  # fmt: skip
-    return Places(reads, writes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from core import distributed, taps
+from core import distributed
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
@@ -34,7 +34,7 @@ from core.sharding import local_mesh, place, replicated
 from core.taps import Tap
 from sae import pooling
 from sae.activations import Reader
-from sae.coder import Sae, check_input
+from sae.coder import Sae
 from sae.pooling import STATISTICS, Spec
 
 FORMAT = "taproot-fingerprints"
@@ -52,16 +52,6 @@ class Settings:
     batch_tokens: int = 8192
 
 
-def site(loaded: Loaded, sae: Sae, name: str | None) -> Tap:
-    """The tap of `--site`, by default the SAE's own; InputError if the SAE is of another."""
-    name = name or sae.about.tap_in
-    if name is None:
-        raise InputError(f"{sae.about.origin} does not say which activations it reads; give --site")
-    tap = taps.parse(name, loaded.config)
-    check_input(sae, taps.width(loaded.config, tap), str(tap), f"--site {tap}")
-    return tap
-
-
 def fingerprint(
     run: Run,
     loaded: Loaded,
@@ -73,9 +63,9 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Fill `run`'s folder; continues a killed run. Returns a summary.
 
-    tap: see `site`. rows must fit the model (`load_rows`). l0: mean active features of a token.
-    kept: mean over rows of what their K features have of the sum of all means; None if no feature
-    was ever active.
+    tap: see `sae.places`. rows must fit the model (`load_rows`). l0: mean active features of a
+    token. kept: mean over rows of what their K features have of the sum of all means; None if no
+    feature was ever active.
     """
     _check(sae, settings)
     share = distributed.share(len(rows))

@@ -20,12 +20,12 @@ from core.files import write_text
 from core.rows import Rows
 from core.rundir import Run
 from core.taps import Tap
-from sae.classifier import Classifier, require_same
 from sae.coder import Sae
 from sae.dashboard import decoder
 from sae.dashboard.collect import Activity, Collector, Contexts, save
 from sae.dashboard.decoder import Effects
-from sae.evaluate import places_of
+from sae.places import places_of
+from sae.predict.classifier import Classifier, require_same
 
 DENSE = 0.1  # share of the tokens from which a feature says little
 ALL = 2**15  # features up to which the page has tokens and neighbours of all of them
@@ -75,7 +75,7 @@ def dashboard(
 ) -> dict[str, Any]:
     """Write the page and `features.npz` into `run`'s folder; continues a killed run.
 
-    tap: see `sae.fingerprint.site`. tokenizer: the model's, None = ids are shown. Returns a
+    tap: see `sae.places`. tokenizer: the model's, None = ids are shown. Returns a
     summary. Raises InputError for a feature there is none of, or another SAE's classifier.
     """
     f = sae.coder.d_sae
@@ -85,7 +85,7 @@ def dashboard(
     if classifier is not None:
         require_same(classifier, sae.about.origin, sae=sae.fingerprint, model=loaded.fingerprint,
                      tap=str(tap))  # fmt: skip
-    places = places_of(sae, str(tap), loaded.config, sae.about.origin)
+    places = places_of(sae, str(tap), loaded.config)
     run.inputs(model=loaded.fingerprint, rows=rows.sha, sae=sae.fingerprint,
                classifier=classifier and classifier.about["sha256"])  # fmt: skip
     collector = Collector(run.path, loaded, rows, sae, tap, execution, settings.batch_tokens)

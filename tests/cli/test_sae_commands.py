@@ -61,6 +61,9 @@ def test_from_an_sae_to_a_selection(world, run, refuse):
     assert "rows 4" in again
     best = [read_json(world / name / "selection.json") for name in ("again", "ranked/selected")]
     assert best[0]["sha256"] == best[1]["sha256"]
+    line = ("sae", "dashboard", *MODEL, *POOL, *SAE, "--classifier", "classifier")
+    assert "features 16" in run(*line, "--features", 4, "--out", "dashboard")
+    assert (world / "dashboard/dashboard.html").stat().st_size > 20_000
     message = refuse("sae", "apply", "--classifier", "classifier", "--model", "runs/top", *POOL,
                      "--out", "other")  # fmt: skip
     assert "model" in message and not (world / "other").exists()

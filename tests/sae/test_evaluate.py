@@ -17,6 +17,7 @@ from core.taps import Tap
 from sae import evaluate, metrics
 from sae.coder import About, Coder, Sae, encode, reconstruct
 from sae.metrics import Totals
+from sae.places import places_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LENGTHS = (9, 24, 5, 17, 24, 3)
@@ -59,7 +60,7 @@ def rows(loaded, tmp_path_factory):
 
 
 def run_eval(folder, loaded, rows, sae, site=None, batch_tokens=64):
-    places = evaluate.places_of(sae, site, loaded.config, "here")
+    places = places_of(sae, site, loaded.config)
     with rundir.open_run(folder, "sae eval", {"batch": batch_tokens}) as run:
         run.inputs()
         return evaluate.evaluate(run, loaded, rows, sae, places, Execution(), batch_tokens)
@@ -199,14 +200,14 @@ def test_refusals(loaded, rows, tmp_path):
     config = loaded.config
     wide = random_sae(Coder("standard", 16, 30, 16), "resid_post.0")
     with pytest.raises(InputError, match="width 14, but the SAE made up reads 16"):
-        evaluate.places_of(wide, None, config, "here")
+        places_of(wide, None, config)
     fits = random_sae(Coder("standard", 14, 30, 14), "resid_post.0")
     with pytest.raises(InputError, match="are of mlp_out.1, but .* on resid_post.0"):
-        evaluate.places_of(fits, "mlp_out.1", config, "here")
+        places_of(fits, "mlp_out.1", config)
     with pytest.raises(InputError, match="resid_post.7: the model has layers 0 to 2"):
-        evaluate.places_of(random_sae(fits.coder, "resid_post.7"), None, config, "here")
+        places_of(random_sae(fits.coder, "resid_post.7"), None, config)
     with pytest.raises(InputError, match="give --site"):
-        evaluate.places_of(random_sae(fits.coder, None), None, config, "here")
+        places_of(random_sae(fits.coder, None), None, config)
     broken = loaded._replace(params=jax.tree.map(lambda x: x * np.nan, loaded.params))
     with pytest.raises(InputError, match="in rows .* is not finite"):
         run_eval(tmp_path / "run", broken, rows, fits)

@@ -19,7 +19,8 @@ from core.rows import Plan, load_rows, save_rows
 from core.rundir import open_run
 from sae import coder, fingerprint, pooling
 from sae.coder import About, Coder, Sae
-from sae.fingerprint import Settings, read_fingerprints, site
+from sae.fingerprint import Settings, read_fingerprints
+from sae.places import places_of
 from sae.pooling import STATISTICS, Spec
 
 BOS, D, F, N = 1, 8, 24, 18
@@ -167,16 +168,16 @@ def test_two_processes_make_what_one_makes(loaded, rows, made, tmp_path, monkeyp
 
 
 def test_what_does_not_fit_is_refused_before_work(loaded, rows, tmp_path):
-    assert site(loaded, SAE, None) == TAP
-    assert site(loaded, make_sae(tap=None), "mlp_out.2") == taps.Tap("mlp_out", 2)
+    assert places_of(SAE, None, loaded.config).reads == TAP
+    assert places_of(make_sae(tap=None), "mlp_out.2", loaded.config).reads == taps.Tap("mlp_out", 2)
     for sae, name, wanted in (
         (SAE, "resid_post.2", "are of resid_post.2, but .* was trained on resid_post.1"),
         (make_sae(D + 2), None, f"width {D}, but the SAE an SAE reads {D + 2}"),
-        (make_sae(tap=None), None, "does not say which activations it reads; give --site"),
+        (make_sae(tap=None), None, "does not say which activation it reads; give --site"),
         (make_sae(tap="resid_post.7"), None, "the model has layers 0 to 2"),
     ):
         with pytest.raises(InputError, match=wanted):
-            site(loaded, sae, name)
+            places_of(sae, name, loaded.config)
     for settings, wanted in (
         (Settings(k=F + 1), "--k 25 is more than the 24 features"),
         (Settings(k=2, token_k=F + 1), "--token-k 25 is more than the 24 features"),

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from core.errors import InputError
-from sae import coder, losses, step
-from sae.losses import AuxK, Batch, Objective
-from sae.step import Recipe, finished, initial, train_step
+from sae import coder
+from sae.training import losses, step
+from sae.training.losses import AuxK, Batch, Objective
+from sae.training.step import Recipe, finished, initial, train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes
 TRUE, WIDTH, ROWS, STEPS = 24, 16, 128, 400
@@ -216,9 +217,9 @@ import jax, numpy as np
 from core import sharding
 from jax.sharding import PartitionSpec
 from core.errors import InputError
-from sae import step
-from sae.losses import Objective
-from sae.step import Recipe, initial, shardings, train_step
+from sae.training import step
+from sae.training.losses import Objective
+from sae.training.step import Recipe, initial, shardings, train_step
 mesh = sharding.make_mesh(2, 2)
 x_ND = np.random.default_rng(0).normal(size=(48, 8)).astype(np.float32)
 goals = [Objective("matryoshka", k=3, widths=(8, 32)), Objective("jumprelu", sparsity=.1)]
@@ -250,7 +251,7 @@ def test_four_devices_equal_one():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT], env={**os.environ, "XLA_FLAGS": flags},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        cwd=Path(__file__).parents[3], capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("33 features do not divide")

@@ -27,9 +27,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from core.errors import InputError
 from core.model import full_precision
 from sae import coder as coders
-from sae import losses
 from sae.coder import Coder
-from sae.losses import Batch, Objective, Params, Phase
+from sae.training import losses
+from sae.training.losses import Batch, Objective, Params, Phase
 
 Array = jax.Array | np.ndarray
 THRESHOLD_RATE = 0.01  # of the running mean of batchtopk's and matryoshka's threshold

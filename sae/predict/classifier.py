@@ -17,10 +17,10 @@ import numpy as np
 from core import safetensors
 from core.errors import InputError
 from core.files import PathLike, dumps, sha256_file
-from sae import attention
-from sae.attention import Bags, Network
 from sae.fingerprint import POOLING, Fingerprints
-from sae.predictors import Fingerprint, Linear
+from sae.predict import attention
+from sae.predict.attention import Bags, Network
+from sae.predict.predictors import Fingerprint, Linear
 
 FILE, FORMAT, ABOUT = "classifier.safetensors", "taproot-classifier", "about"
 NETWORK = "network"

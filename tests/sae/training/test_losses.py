@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from core.errors import InputError
-from sae import chosen, losses
-from sae.losses import OPENAI, Batch, Objective, Phase
-from sae.step import following
+from sae.training import chosen, losses
+from sae.training.losses import OPENAI, Batch, Objective, Phase
+from sae.training.step import following
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "sae" / "train"
+GOLDEN = Path(__file__).parents[2] / "golden" / "sae" / "train"
 CASES = sorted(GOLDEN.glob("*.npz"))
 NAMES = {
     "mse": "mse_loss", "l1": "l1_loss", "l0": "l0_loss", "pre_act": "pre_act_loss",

@@ -22,7 +22,7 @@ import numpy as np
 
 from core import logistic
 from core.ranks import auc
-from sae.splits import TRAIN, VALIDATION
+from sae.predict.splits import TRAIN, VALIDATION
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 COLUMNS = 16  # at least, of a fit: a few columns compile once, whatever their number

@@ -20,13 +20,14 @@ from core.files import read_json, read_jsonl
 from core.rows import load_rows, save_rows
 from core.rundir import open_run
 from core.taps import Tap
-from sae import formats, train
+from sae import formats
 from sae.activations import Reader, Shuffle
 from sae.coder import reconstruct
-from sae.losses import Objective
-from sae.runlog import Log
-from sae.step import Metrics, Recipe
-from sae.train import Job, Settings
+from sae.training import run as train
+from sae.training.log import Log
+from sae.training.losses import Objective
+from sae.training.run import Job, Settings
+from sae.training.step import Metrics, Recipe
 
 BOS = 1
 CONFIG = ModelConfig("gpt2", 32, 24, 8, 2, 2, 16, 4, bos=BOS)
@@ -162,9 +163,9 @@ def test_stopped_and_resumed(whole, loaded, rows, tmp_path, monkeypatch, at):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[1:3]
-import test_train as tests
+import test_run as tests
 from core.rows import load_rows
-from sae import train
+from sae.training import run as train
 save, saves = train.safetensors.write, 0
 def dying(*args):
     global saves
@@ -180,7 +181,7 @@ tests.fit(tests.Path(sys.argv[3]) / "run", tests.model(), load_rows(sys.argv[4],
 def alone(script, *arguments, **environment):
     """Run a script that may import this module in a process of its own."""
     here = Path(__file__)
-    command = [sys.executable, "-c", script, str(here.parent), str(here.parents[2]), *arguments]
+    command = [sys.executable, "-c", script, str(here.parent), str(here.parents[3]), *arguments]
     environment = {**os.environ, **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -197,7 +198,7 @@ DEVICES = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import dataclasses, jax
-import test_train as tests
+import test_run as tests
 from core.rows import load_rows
 assert jax.device_count() == 4
 settings = dataclasses.replace(tests.SETTINGS, model_parallel=2)

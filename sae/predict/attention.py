@@ -4,7 +4,7 @@
     a   = softmax_t(e_t q),   h = sum_t a_t e_t     a learned query looks for the tokens that count
     logit = v relu(W h + b) + c
 
-q starts at 0, where h is the mean over tokens. Features are read as `sae.predictors` says, and so
+q starts at 0, where h is the mean over tokens. Features are read as `predictors` says, and so
 a fingerprint of a whole row is a row of one token. Trained by AdamW on batches of one shape, until
 the validation AUROC has not risen for a while; the best epoch's parameters are kept. The same seed
 gives the same network on the same kind of device.
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sae.predictors import Answer, Question, compressed, typical
-from sae.splits import TRAIN, VALIDATION
+from sae.predict.predictors import Answer, Question, compressed, typical
+from sae.predict.splits import TRAIN, VALIDATION
 
 WIDTH = 32
 BATCH = 32

@@ -9,12 +9,12 @@ import pytest
 from core import ranks
 from core.errors import InputError
 from core.files import read_json, read_npz
-from sae import classifier, labels, resampling, splits, verdict
-from sae.baselines import pool
-from sae.classify import Settings, classify, describe, prepare, shuffled
 from sae.fingerprint import read_fingerprints
-from sae.predictors import answer_fingerprint
-from tests.sae import planted
+from sae.predict import classifier, labels, resampling, splits, verdict
+from sae.predict.baselines import pool
+from sae.predict.classify import Settings, classify, describe, prepare, shuffled
+from sae.predict.predictors import answer_fingerprint
+from tests.sae.predict import planted
 
 N = planted.DOCUMENTS * planted.EACH
 SETTINGS = Settings(seeds=(0, 1))

@@ -40,8 +40,8 @@ from sae.activations import Reader, Shuffle
 from sae.coder import About, Sae
 from sae.formats.names import hugging_face
 from sae.formats.saelens import KNOWN
-from sae.runlog import Log, Sums
-from sae.step import Recipe, State, finished, initial, shardings, train_step
+from sae.training.log import Log, Sums
+from sae.training.step import Recipe, State, finished, initial, shardings, train_step
 
 LOGS, STATE = "logs", "state.safetensors"
 COPIES = 4  # of its parameters that an SAE needs in training: they, two moments, the gradient

@@ -11,7 +11,7 @@ import numpy as np
 
 from core.command import columns
 from core.files import jsonable, read_json, read_npz
-from sae import resampling
+from sae.predict import resampling
 
 PREFIX = "fingerprint "
 BEST, SHUFFLED = f"{PREFIX}best", "shuffled"
@@ -22,7 +22,7 @@ MEASURES = resampling.Measured._fields
 def judge(folder: Path, seeds: Sequence[int], document_N: np.ndarray) -> list[dict[str, Any]]:
     """What results say of every predictor, from the seeds' predictions.
 
-    document_N: number of each row's document, see `sae.classify.run_seed` for the files. None in
+    document_N: number of each row's document, see `classify.run_seed` for the files. None in
     place of a value that there is not, such as the correlation of a constant.
     """
     counts_RG = resampling.draws(int(document_N.max()) + 1)

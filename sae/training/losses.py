@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from core.errors import InputError
 from core.model import full_precision
-from sae import chosen, straight_through
-from sae.chosen import Choice, Chosen
 from sae.coder import Coder, decode, encode, preactivations
+from sae.training import chosen, straight_through
+from sae.training.chosen import Choice, Chosen
 
 Kind = Literal["standard", "gated", "jumprelu", "topk", "abstopk", "batchtopk", "matryoshka"]
 Params = dict[str, jax.Array]

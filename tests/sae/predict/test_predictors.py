@@ -5,9 +5,9 @@ import pytest
 
 from core import logistic
 from core.ranks import auc
-from sae import attention
-from sae.attention import Bags
-from sae.predictors import (
+from sae.predict import attention
+from sae.predict.attention import Bags
+from sae.predict.predictors import (
     PENALTIES,
     Fingerprint,
     Question,
@@ -17,7 +17,7 @@ from sae.predictors import (
     fit_fingerprint,
     standardised,
 )
-from sae.splits import TEST, TRAIN, split
+from sae.predict.splits import TEST, TRAIN, split
 
 INDEX_NK = np.array([[3, 1, -1], [1, 0, -1], [2, 3, 4], [3, -1, -1]], np.int32)
 VALUE_NK = np.array([[4.0, 2, 0], [6, 1, 0], [8, 2, 1], [2, 0, 0]], np.float32)

@@ -21,10 +21,11 @@ from core.errors import InputError
 from core.files import write_json, write_npy
 from core.rows import Rows
 from core.rundir import Run, open_run
-from sae import classifier, fingerprint
-from sae.classifier import Classifier
+from sae import fingerprint
 from sae.coder import Sae
 from sae.fingerprint import Fingerprints, Settings
+from sae.predict import classifier
+from sae.predict.classifier import Classifier
 
 METHOD = "sae-classifier"
 SIGN = "positive = proponent (logit of a classifier of SAE fingerprints)"

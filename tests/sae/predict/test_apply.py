@@ -17,17 +17,17 @@ from core.rows import load_rows
 from core.rundir import open_run
 from core.taps import parse
 from evals.report.data import load_pool
-from sae import classifier
-from sae.apply import Lent, apply, publish
-from sae.baselines import pool
-from sae.classifier import NETWORK, Classifier
-from sae.classify import Settings, final, prepare
 from sae.coder import About, Coder, Sae
 from sae.coder import fingerprint as sae_fingerprint
 from sae.fingerprint import Settings as Kept
 from sae.fingerprint import fingerprint as fingerprint_rows
 from sae.fingerprint import read_fingerprints
-from tests.sae import planted
+from sae.predict import classifier
+from sae.predict.apply import Lent, apply, publish
+from sae.predict.baselines import pool
+from sae.predict.classifier import NETWORK, Classifier
+from sae.predict.classify import Settings, final, prepare
+from tests.sae.predict import planted
 
 N = planted.DOCUMENTS * planted.EACH
 CHOSEN = {"mean": {"C": 0.1, "k": 8}, "binary": {"C": 0.1, "k": 12}, NETWORK: {"epochs": 40}}
@@ -178,7 +178,7 @@ def test_the_command_fingerprints_scores_and_selects(real, tmp_path, monkeypatch
     assert read_json(tmp_path / "out" / "info.json")["method"] == "sae-classifier"
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae.apply.publish", lambda *_: 1 / 0)
+        patch.setattr("sae.predict.apply.publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             go("again")
     go("again")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from core.files import append_jsonl, read_jsonl, write_jsonl
-from sae.step import DENSE, Metrics
+from sae.training.step import DENSE, Metrics
 
 Sums = dict[str, np.ndarray]
 

@@ -3,11 +3,11 @@
 One forward pass and a small classifier in place of a gradient pass, if it is any good: so every
 predictor is asked the same, on rows of documents it has not seen, beside what is known without an
 SAE: length, loss, statistics, the mean hidden state, quality scores. For each seed the pool is
-split anew (`sae.splits`); everything a predictor learns or chooses is of the training and
-validation rows (`sae.predictors`, `sae.attention`). `best` is, in each seed, the fingerprint's
+split anew (`splits`); everything a predictor learns or chooses is of the training and
+validation rows (`predictors`, `attention`). `best` is, in each seed, the fingerprint's
 predictor with the highest validation AUROC; `shuffled` is that one again, some times, with classes
 shuffled among the rows of each part, and must not do better than chance. Results are means over
-seeds of measures on each seed's test rows, with intervals over documents (`sae.resampling`).
+seeds of measures on each seed's test rows, with intervals over documents (`resampling`).
 
 Dims: N rows, T test rows of a seed, C columns.
 """
@@ -25,13 +25,13 @@ import numpy as np
 from core.errors import InputError
 from core.files import atomic, write_json
 from core.progress import Progress
-from sae import attention, classifier, labels, predictors, resampling, splits, verdict
-from sae.baselines import Pool
-from sae.classifier import NETWORK, Classifier
 from sae.fingerprint import Fingerprints
-from sae.labels import Rule
-from sae.predictors import Answer, Question
-from sae.verdict import BEST, PREFIX, SHUFFLES
+from sae.predict import attention, classifier, labels, predictors, resampling, splits, verdict
+from sae.predict.baselines import Pool
+from sae.predict.classifier import NETWORK, Classifier
+from sae.predict.labels import Rule
+from sae.predict.predictors import Answer, Question
+from sae.predict.verdict import BEST, PREFIX, SHUFFLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
 
 
 class Inputs(NamedTuple):
-    """Everything that is the same for all seeds. size: of `sae.predictors.fit`."""
+    """Everything that is the same for all seeds. size: of `predictors.fit`."""
 
     fingerprints: Fingerprints
     pool: Pool

@@ -1,0 +1,1 @@
+"""What fingerprints tell of attribution: labels, splits, predictors, the verdict, its use."""

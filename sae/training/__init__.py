@@ -1,0 +1,1 @@
+"""How SAEs are trained: losses, one step, a run of several of them."""
