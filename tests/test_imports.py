@@ -155,7 +155,7 @@ def test_the_compute_core_needs_no_data_packages():
         "core.model", "core.loss", "core.linear", "core.schema", "core.config", "core.families",
         "core.sharding", "training.step", "training.optim", "attribution.gradients",
         "attribution.bench", "attribution.magic.bench", "core.generate", "evals.bench",
-        "evals.bench_scorer", "sae.coder", "sae.pooling", "sae.step", "sae.bench",
+        "evals.bench_scorer", "sae.coder", "sae.pooling", "sae.training.step", "sae.bench",
     ]  # fmt: skip
     command = [sys.executable, "-c", BARE, *names]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)

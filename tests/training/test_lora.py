@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -305,7 +306,7 @@ def test_stopped_and_resumed_with_dropout(whole, world, tmp_path, monkeypatch, a
         nonlocal steps
         steps += 1
         if steps == at:
-            loop.signal.raise_signal(loop.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return train_step(*args)
 
     monkeypatch.setattr(loop, "train_step", step_and_ask)

@@ -15,12 +15,12 @@ from core.config import Execution
 from core.errors import InputError
 from core.rows import load_rows, pad_batch, save_rows
 from core.taps import Tap
-from sae.classifier import Classifier
 from sae.coder import About, Coder, Sae, encode
 from sae.dashboard import build, collect, decoder
 from sae.dashboard.build import Settings
 from sae.dashboard.collect import AROUND, BINS, KEPT, LEVELS, OTHERS, TOP, Collector
-from sae.predictors import Linear
+from sae.predict.classifier import Classifier
+from sae.predict.predictors import Linear
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LENGTHS = [5, 24, 3, 17, 20, 9, 24, 12] * 8
