@@ -4,6 +4,7 @@ In float64, so that a property either holds to 1e-12 or is broken.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,8 @@ def test_taps(name, close):
     """Every site's input and every block's output, stacked by layer, in any execution."""
     ids_BT, weights = jnp.asarray(batch(2, 8)[0]), made()
     decoder = model.Decoder(CONFIG, EXECUTIONS[name])
-    blocks = decoder.apply({"params": weights}, ids_BT, mutable=["taps"])[1]["taps"]["blocks"]
+    seen: Any = decoder.apply({"params": weights}, ids_BT, mutable=["taps"])[1]
+    blocks = seen["taps"]["blocks"]
     names = ("attn_c_attn", "attn_c_proj", "mlp_c_fc", "mlp_c_proj")
     d, f = (2, 2, 8, CONFIG.width), (2, 2, 8, CONFIG.mlp_width)
     assert [blocks[n]["in"].shape for n in names] == [d, d, d, f]
