@@ -38,6 +38,25 @@ KEYS = {
 }  # fmt: skip
 MODIFIERS = {"alt": 1, "ctrl": 2, "meta": 4, "shift": 8}
 
+# Luminance contrast of WCAG 2 between an element's ink and the colours that lie under it.
+CONTRAST = """((selector) => {
+  const board = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const luminance = (...layers) => {
+    for (const colour of layers) { board.fillStyle = colour; board.fillRect(0, 0, 1, 1); }
+    const parts = [...board.getImageData(0, 0, 1, 1).data].slice(0, 3).map((byte) => byte / 255)
+      .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  return [...document.querySelectorAll(selector)].map((element) => {
+    const layers = [];
+    for (let at = element; at; at = at.parentElement) {
+      layers.unshift(getComputedStyle(at).backgroundColor);
+    }
+    const under = luminance(...layers), ink = luminance(...layers, getComputedStyle(element).color);
+    return (Math.max(under, ink) + 0.05) / (Math.min(under, ink) + 0.05);
+  });
+})"""
+
 
 class BrowserError(AssertionError):
     """The browser, or JavaScript running in it, refused."""
@@ -247,6 +266,10 @@ class Page:
             options = {"captureBeyondViewport": True, "clip": {**size, "scale": 1}}
         shot = self.call("Page.captureScreenshot", **options)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def contrast(self, selector: str) -> float:
+        """The lowest contrast of ink and ground among the elements that match."""
+        return min(self.js(f"{CONTRAST}({json.dumps(selector)})"))
 
     def problems(self) -> list[str]:
         """Errors, warnings, refusals of the content policy, and requests beyond the file itself."""

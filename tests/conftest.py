@@ -1,4 +1,4 @@
-"""Strict jax for every test, and the one table of tolerances."""
+"""Strict jax for every test, the browser, and the one table of tolerances."""
 
 import os
 from pathlib import Path
@@ -18,6 +18,8 @@ os.environ["TAPROOT_CACHE"] = ""  # no tokenizer table comes from, or goes to, a
 import jax
 import numpy as np
 import pytest
+
+from tests.browser import browser as browser
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

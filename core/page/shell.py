@@ -27,10 +27,11 @@ def document(
     """A whole page as HTML text. title, main and nav are HTML that is already safe.
 
     data: by element id, what the script reads as JSON; NaN and infinities become null.
-    style and script come after the ones all pages share (palette, header, theme button).
+    style and script come after the ones all pages share: palette, header and theme button, the
+    look of tables, charts and texts; helpers (`parts.js`).
     """
     style = (HERE / "base.css").read_text("utf-8") + style
-    script = (HERE / "base.js").read_text("utf-8") + script
+    script = "".join((HERE / name).read_text("utf-8") for name in ("base.js", "parts.js")) + script
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; "

@@ -1,14 +1,15 @@
-r"""Words, numbers, tables and hostile text for the report page.
+r"""Words, numbers, tables and hostile text for pages.
 
 Text of a training pool is data from strangers: besides HTML it may hold control characters, bytes
 that are no UTF-8, invisible characters and bidi overrides that reorder what a reader sees. `esc`
-is for every label, `typeset` for the text of a chunk; both show such characters by name.
+is for every label, `typeset` for the text of a chunk, `named` for what a script makes a text node
+of; all show such characters by name.
 """
 
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Controls, zero-width and bidi marks, line separators, the byte order mark, tag characters,
@@ -30,10 +31,14 @@ def _name(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
 
 
+def named(text: str) -> str:
+    """Hidden characters by name; no HTML yet."""
+    return _HIDDEN_RE.sub(lambda match: f"‹{_name(match[0])}›", text)
+
+
 def esc(text: object) -> str:
     """Any value as HTML text or attribute; hidden characters appear by name."""
-    plain = _HIDDEN_RE.sub(lambda match: f"‹{_name(match[0])}›", str(text))
-    return html.escape(plain, quote=True)
+    return html.escape(named(str(text)), quote=True)
 
 
 def decode(data: bytes) -> str:
@@ -110,6 +115,12 @@ def duration(seconds: float) -> str:
 
 class Markup(str):
     """HTML that is already safe: a table shows it as it is."""
+
+
+def about(facts: Mapping[str, object]) -> str:
+    """What a page was made of, below its headline."""
+    cells = (f"<div><dt>{esc(name)}</dt><dd>{esc(fact)}</dd></div>" for name, fact in facts.items())
+    return f'<dl class="about">{"".join(cells)}</dl>'
 
 
 def figure(chart: str, caption: str) -> str:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from core.page.shell import document
-from core.page.text import Markup, count, esc, figure, table, typeset
+from core.page.text import Markup, about, count, esc, figure, table, typeset
 from evals.probe.view import View
 from evals.report import charts
 
+HERE = Path(__file__).parent
 UNKNOWN, YES, DECIMALS = 0x7FFF, 0x8000, 10_000
 METRICS = {
     "balanced_accuracy": "Balanced accuracy",
@@ -48,10 +49,7 @@ def page(view: View) -> str:
         f"{_headline(view, best)}{_bar(view, layers[best], best)}"
         f"{_layers(view, layers, best)}{_text(view, layers[best])}"
     )
-    # The charts and tables here are the report's, so their style is too.
-    folders = (Path(charts.__file__).parent, Path(__file__).parent)
-    style = "".join((folder / "page.css").read_text("utf-8") for folder in folders)
-    script = (Path(__file__).parent / "page.js").read_text("utf-8")
+    style, script = ((HERE / name).read_text("utf-8") for name in ("page.css", "page.js"))
     return document(esc(view.title), main, style, script, data={"view": data})
 
 
@@ -122,12 +120,9 @@ def _headline(view: View, best: int) -> str:
     lead = f"Balanced accuracy on held-out text is {_fixed(value)}"
     if len(view.layers) > 1 and np.isfinite(value):
         lead += f" at {view.layers[best]}, the best of {len(view.layers)} layers"
-    facts = "".join(
-        f"<div><dt>{esc(name)}</dt><dd>{esc(text)}</dd></div>" for name, text in view.about.items()
-    )
     return (
         f'<section class="verdict"><h1>{esc(view.title)}</h1><p class="lead">{esc(lead)}.</p>'
-        f'<dl class="about">{facts}</dl></section>'
+        f"{about(view.about)}</section>"
     )
 
 
@@ -270,7 +265,7 @@ def _text(view: View, figures: dict[str, str]) -> str:
         f'<div class="legend"><span class="whole">p 0 {scale} 1</span>{marks}</div>'
         '<div class="tools" hidden><button type="button" id="errors" aria-pressed="false">'
         f"Only errors ({_place(figures, 'here_errors')})</button></div>"
-        f'<pre class="tokens" id="tokens" dir="auto" role="group" aria-label="{name}">'
+        f'<pre class="tokens shaded" id="tokens" dir="auto" role="group" aria-label="{name}">'
         f"{spans(view.tokens)}</pre></section>"
     )
 

@@ -1,7 +1,6 @@
 // The list, the search and one feature. The feature is in the URL's hash, so a link shows the same.
 const data = JSON.parse(byId("view").textContent);
-const bytes = (packed) => Uint8Array.from(atob(packed), (byte) => byte.charCodeAt(0)).buffer;
-const whole = (packed) => new Uint32Array(bytes(packed)), real = (packed) => new Float32Array(bytes(packed));
+const whole = (packed) => new Uint32Array(unpacked(packed)), real = (packed) => new Float32Array(unpacked(packed));
 const { tokens, table, nearest, bins, window: around } = data, NO_TEXT = 0xffffffff;
 const active = whole(data.active), max = real(data.max), mean = real(data.mean), features = active.length;
 const weight = data.weight && real(data.weight), density = Float64Array.from(active, (count) => count / tokens);
@@ -11,13 +10,12 @@ const effects = data.effects && {
   ...Object.fromEntries(["up", "down"].map((end) => [end, { text: whole(data.effects[end][0]), value: real(data.effects[end][1]) }])),
 };
 const near = whole(data.near), cosine = real(data.cosine), histogram = whole(data.histogram);
-const rows = new Int32Array(bytes(data.row)), places = whole(data.place), texts = whole(data.text), values = real(data.value);
+const rows = new Int32Array(unpacked(data.row)), places = whole(data.place), texts = whole(data.text), values = real(data.value);
 const detailed = new Map([...whole(data.detailed)].map((feature, index) => [feature, index]));
 const shown = new Map([...whole(data.shown)].map((feature, index) => [feature, index]));
 const kept = data.shelves.reduce((sum, [size]) => sum + size, 0), middle = (around - 1) / 2;
 const list = byId("list"), sheet = byId("sheet"), search = byId("search"), only = byId("only");
-const article = byId("feature"), heads = [...document.querySelectorAll("[data-sort]")];
-const [hue, most] = ["--hue", "--most"].map((name) => getComputedStyle(document.documentElement).getPropertyValue(name));
+const article = byId("feature"), heads = all("[data-sort]");
 
 // ------------------------------------------------------------------------------------ list
 let order = columns.id, sort = weight ? "weight" : "max", up = false, current = null, rowHeight = 0;
@@ -118,7 +116,7 @@ function choose(feature) {
   if (article.getBoundingClientRect().top < 0) article.scrollIntoView();
   reveal();
   show();
-  remember();
+  remember(`f${feature}`);
 }
 function parts(feature) {
   const found = [
@@ -201,16 +199,17 @@ function contexts(feature, index) {
   }
   const group = make("div", { role: "group", "aria-label": "Contexts; arrow keys walk the tokens" }, ...sections);
   const line = (way) => (at) => walk.peaks[walk.lines[at] + way] ?? at;
-  walkable(group, walk.marks, (at) => walk.tells[at](), { ArrowDown: line(1), ArrowUp: line(-1) }, walk.peaks[0]);
+  const keys = { ArrowDown: line(1), ArrowUp: line(-1) };
+  walkable(group, walk.marks, (at) => showTip(walk.marks[at], walk.tells[at]()), { keys, start: walk.peaks[0] });
   return group;
 }
 function context(feature, slot, walk) {
-  const before = make("p", { dir: "auto" }), after = make("p", { dir: "auto" }), line = walk.peaks.length;
+  const [before, after] = [0, 1].map(() => make("p", { class: "tokens shaded", dir: "auto" })), line = walk.peaks.length;
   for (let at = 0; at < around; at++) {
     const text = texts[slot * around + at], value = values[slot * around + at];
     if (text === NO_TEXT) continue;
     const mark = token(table[text]), counts = !Number.isNaN(value);
-    if (value > 0) mark.style.backgroundColor = `rgb(${hue} / ${(most * value / max[feature]).toFixed(3)})`;
+    if (value > 0) mark.style.backgroundColor = shade(value / max[feature]);
     if (!counts) mark.classList.add("na");
     if (at === middle) {
       mark.classList.add("peak");
@@ -239,7 +238,7 @@ list.addEventListener("click", (event) => {
   if (phone.matches) article.scrollIntoView();
 });
 list.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (modified(event)) return;
   if (event.key === "Enter" && current !== null) { event.preventDefault(); article.focus(); return; }
   const here = order.indexOf(current), page = Math.max(1, Math.floor(list.clientHeight / rowHeight) - 1);
   const next = {
@@ -268,18 +267,11 @@ for (const head of heads) {
   });
 }
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") hideTip();
-  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || event.target === search) return;
+  if (event.key !== "/" || modified(event) || event.target === search) return;
   event.preventDefault();
   search.select();
 });
 
-// Browsers refuse a page that rewrites its address too often: once a pause is enough.
-let saving;
-function remember() {
-  clearTimeout(saving);
-  saving = setTimeout(() => { if (location.hash !== `#f${current}`) history.replaceState(null, "", `#f${current}`); }, 150);
-}
 function recall() {
   const feature = Number(/^#f(\d+)$/.exec(location.hash)?.[1] ?? NaN);
   if (feature < features) choose(feature);

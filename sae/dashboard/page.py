@@ -10,7 +10,6 @@ R rows kept of a feature, W tokens around the strongest.
 
 import base64
 import codecs
-import html
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from core.page.shell import document
-from core.page.text import count, decode, esc
+from core.page.text import about, count, decode, esc, named
 from sae.dashboard.build import DENSE, View
 from sae.dashboard.collect import LEVELS, SHELVES
 
@@ -41,8 +40,7 @@ class Texts:
         self.pieces, self.table = view.pieces, {}
 
     def put(self, text: str) -> int:
-        # `esc` names hidden characters and escapes; for a script only the names are wanted.
-        return self.table.setdefault(html.unescape(esc(text)), len(self.table))
+        return self.table.setdefault(named(text), len(self.table))
 
     def bytes_of(self, token: int) -> bytes:
         found = None if self.pieces is None else self.pieces.get(token)
@@ -130,12 +128,9 @@ def _headline(view: View) -> str:
     dense = int((found.density_F >= DENSE).sum())
     lead = f"{count(features, 'feature')} seen on {count(found.tokens, 'token')}: {dead:,} never "
     lead += f"active, {dense:,} active on a tenth of the tokens or more."
-    facts = "".join(
-        f"<div><dt>{esc(name)}</dt><dd>{esc(text)}</dd></div>" for name, text in view.about.items()
-    )
     return (
         f'<section class="verdict"><div><h1>{esc(view.title)}</h1><p class="lead">{esc(lead)}</p>'
-        f'<dl class="about">{facts}</dl></div><figure id="densities" hidden></figure></section>'
+        f'{about(view.about)}</div><figure id="densities" hidden></figure></section>'
         "<noscript><p>The page needs its script. The numbers are in features.npz beside it.</p>"
         "</noscript>"
     )
@@ -144,9 +139,9 @@ def _headline(view: View) -> str:
 def _panes(view: View) -> str:
     names = {n: c for n, c in COLUMNS.items() if n != "weight" or view.weight_F is not None}
     heads = "".join(
-        f'<button type="button" data-sort="{name}" title="{about}" aria-pressed="false">{label}'
+        f'<button type="button" data-sort="{name}" title="{meaning}" aria-pressed="false">{label}'
         "</button>"
-        for name, (label, about) in names.items()
+        for name, (label, meaning) in names.items()
     )
     shown = f"With contexts ({len(view.contexts.chosen_N):,})"
     only = "Only features whose contexts are on the page; their numbers are bold"

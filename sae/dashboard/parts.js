@@ -1,9 +1,4 @@
-// What any page of numbers needs: words, elements, tips, marks to walk along, bars. It knows no data.
-const byId = (id) => document.getElementById(id), tip = byId("tip");
-
-// ---------------------------------------------------------------------------------- words
-const visible = { "\n": "↵", "\t": "⇥", " ": "␣", "\u00a0": "⍽" };
-const marked = (text) => text.replace(/[\n\t \u00a0]/g, (blank) => visible[blank]);
+// Numbers as words, tokens as elements, bars. It knows no data.
 function number(value, digits = 3) {
   if (!Number.isFinite(value)) return "n/a";
   const size = Math.abs(value);
@@ -15,15 +10,6 @@ const percent = (share) => `${number(100 * share)}%`;
 const signed = (value, digits) => (value > 0 ? "+" : "") + number(value, digits);
 const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
-// ------------------------------------------------------------------------------- elements
-// Elements are made of texts alone, never of markup.
-function make(name, attributes = {}, ...children) {
-  const element = name.startsWith("svg:") ? document.createElementNS("http://www.w3.org/2000/svg", name.slice(4))
-    : document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children);
-  return element;
-}
 function token(text) {
   const word = make("bdi", { class: "token" });
   for (const part of text.split(/([\n\t]|^ +| +$)/)) {
@@ -35,53 +21,6 @@ function token(text) {
   return word;
 }
 
-// ------------------------------------------------------------------------- tips and walks
-function showTip(mark, text) {
-  tip.textContent = text;
-  tip.hidden = false;
-  const box = mark.getClientRects()[0], size = tip.getBoundingClientRect();
-  const widest = document.documentElement.clientWidth - size.width - 8, above = box.top - size.height - 8;
-  tip.style.left = `${scrollX + Math.max(8, Math.min(box.left + box.width / 2 - size.width / 2, widest))}px`;
-  tip.style.top = `${scrollY + (above > 0 ? above : box.bottom + 8)}px`;
-}
-const hideTip = () => { tip.hidden = true; };
-// One tab stop for many marks. Pointer or focus on one shows what `tell` says of it.
-function walkable(root, marks, tell, keys, start = 0) {
-  let at = start;
-  const index = new Map(marks.map((mark, place) => [mark, place]));
-  const placeOf = (event) => index.get(event.target.closest(".mark, .token"));
-  const stopAt = (place) => {
-    for (const name of ["tabindex", "aria-describedby"]) marks[at]?.removeAttribute(name);
-    at = place;
-    marks[at]?.setAttribute("tabindex", 0);
-    marks[at]?.setAttribute("aria-describedby", "tip");
-  };
-  stopAt(at);
-  root.addEventListener("pointerover", (event) => {
-    const place = placeOf(event);
-    if (place !== undefined) showTip(marks[place], tell(place));
-  });
-  root.addEventListener("pointerleave", () => {
-    if (document.activeElement === marks[at]) showTip(marks[at], tell(at)); else hideTip();
-  });
-  root.addEventListener("focusin", () => showTip(marks[at], tell(at)));
-  root.addEventListener("focusout", hideTip);
-  root.addEventListener("click", (event) => {
-    const place = placeOf(event);
-    if (place === undefined) return;
-    stopAt(place);
-    marks[at].focus();
-  });
-  root.addEventListener("keydown", (event) => {
-    const go = { ArrowRight: () => at + 1, ArrowLeft: () => at - 1, Home: () => 0, End: () => marks.length - 1, ...keys }[event.key];
-    if (!go || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    stopAt(Math.max(0, Math.min(go(at), marks.length - 1)));
-    marks[at].focus();
-  });
-}
-
-// ----------------------------------------------------------------------------------- bars
 // Round values from 0 to the largest, 1, 2 or 5 times a power of ten apart.
 function rounds(largest) {
   const power = 10 ** Math.floor(Math.log10(largest / 4)), step = [1, 2, 5, 10].find((times) => 5.5 * times * power >= largest) * power;
@@ -114,6 +53,6 @@ function bars(counts, tell, ticks, title, sizes = [560, 170]) {
     marks.push(mark);
     svg.append(mark);
   });
-  walkable(svg, marks, (at) => marks[at].getAttribute("aria-label"), { ArrowUp: (at) => at + 1, ArrowDown: (at) => at - 1 });
+  walkable(svg, marks, (at) => showTip(marks[at]), { keys: { ArrowUp: (at) => at + 1, ArrowDown: (at) => at - 1 } });
   return svg;
 }

@@ -1,10 +1,9 @@
-"""The browser, and a small view with everything a page may meet."""
+"""A small view with everything a page may meet."""
 
 import numpy as np
 import pytest
 
 from evals.probe.view import View
-from tests.browser import browser as browser
 
 HOSTILE = (
     b"</script><script>window.hit = 1</script>",

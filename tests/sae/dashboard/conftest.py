@@ -1,4 +1,4 @@
-"""The browser, and a small view with everything a page may meet."""
+"""A small view with everything a page may meet."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import pytest
 from sae.dashboard.build import View
 from sae.dashboard.collect import AROUND, BINS, KEPT, OTHERS, TOP, Activity, Contexts
 from sae.dashboard.decoder import ENDS, NEAREST, Effects
-from tests.browser import browser as browser
 
 F, TOKENS, ROW = 300, 20_000, 60
 HOSTILE = (

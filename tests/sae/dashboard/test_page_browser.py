@@ -12,24 +12,6 @@ TIP = "tip.hidden ? '' : tip.textContent"
 ORDER = "[...order]"
 ALPHAS = """[...article.querySelectorAll('.contexts .token')].map(
   (token) => Number(/[.\\d]+(?=\\)$)/.exec(token.style.backgroundColor)))"""
-# Luminance contrast of WCAG 2 between an element's ink and the colours that lie under it.
-CONTRAST = """((selector) => {
-  const board = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const luminance = (...layers) => {
-    for (const colour of layers) { board.fillStyle = colour; board.fillRect(0, 0, 1, 1); }
-    const parts = [...board.getImageData(0, 0, 1, 1).data].slice(0, 3).map((byte) => byte / 255)
-      .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
-  };
-  return [...document.querySelectorAll(selector)].map((element) => {
-    const layers = [];
-    for (let at = element; at; at = at.parentElement) {
-      layers.unshift(getComputedStyle(at).backgroundColor);
-    }
-    const under = luminance(...layers), ink = luminance(...layers, getComputedStyle(element).color);
-    return (Math.max(under, ink) + 0.05) / (Math.min(under, ink) + 0.05);
-  });
-})"""
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +213,7 @@ def test_contrast(browser, path, dark):
         paper = opened.js("getComputedStyle(document.body).backgroundColor")
         assert (int(paper[4:].split(",")[0]) < 128) == dark
         for part in (".contexts .token", "#list span", "small .token", ".note", ".heads button"):
-            assert min(opened.js(f"{CONTRAST}({part!r})")) >= 4.5, part
+            assert opened.contrast(part) >= 4.5, part
 
 
 def test_an_sae_that_is_dead(browser, view, tmp_path):
