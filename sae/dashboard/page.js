@@ -286,7 +286,11 @@ function densities() {
   const counts = new Array(count).fill(0);
   for (const log of logs) counts[Math.min(count - 1, Math.floor((log - low) / -low * count))] += 1;
   const share = (bin) => percent(10 ** (low - low * bin / count));
-  const ticks = Array.from({ length: 1 - low }, (_, decade) => [1 - decade / -low, `${(10 ** (2 - decade)).toFixed(Math.max(0, decade - 2))}%`]);
+  const step = low < -4 ? 2 : 1;  // small shares have long names
+  const ticks = Array.from({ length: Math.floor(-low / step) + 1 }, (_, place) => {
+    const decade = place * step;
+    return [1 - decade / -low, `${(10 ** (2 - decade)).toFixed(Math.max(0, decade - 2))}%`];
+  });
   const chart = bars(counts, (bin, n) => `${share(bin)} to ${share(bin + 1)} of the tokens\n${counted(n, "feature")}`, ticks,
     "Density; counts of features are logarithmic", [460, 150]);
   byId("densities").append(chart);
