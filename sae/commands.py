@@ -49,8 +49,8 @@ training_options = options(
     click.option("--architecture", type=click.Choice(KINDS), default="batchtopk"),
     click.option("--width", "widths", type=POSITIVE, multiple=True,
                  help="features, may be repeated; default: 16 times the activation's width"),
-    click.option("--k", "ks", type=POSITIVE, multiple=True, default=(32,),
-                 help="active features of a token (top-k kinds), may be repeated"),
+    click.option("--k", "ks", type=POSITIVE, multiple=True,
+                 help="active features of a token (top-k kinds), may be repeated; default: 32"),
     click.option("--k-start", type=POSITIVE, help="where k begins; it falls over --k-warmup steps"),
     click.option("--k-warmup", type=NATURAL, default=0),
     click.option("--sparsity", type=Finite(0),
@@ -153,42 +153,70 @@ def jobs_of(opts: dict[str, Any], config: Any, steps: int) -> list[Any]:
     """A `sae.training.run.Job` for each site, width and k."""
     from core import taps
     from core.errors import InputError
+    from sae.training.losses import RANKED
     from sae.training.run import Job
 
-    top = opts["architecture"] not in ("jumprelu", "standard", "gated")
+    _require_meant(opts, RANKED)
+    kind, ks = opts["architecture"], opts["ks"] or (32,)
     jobs = []
     for site in opts["sites"]:
-        source, _, target = site.partition(":")
+        source, transcoder, target = site.partition(":")
         reads = taps.parse(source, config)
-        writes = taps.parse(target, config) if target else reads
+        writes = taps.parse(target, config) if transcoder else reads
         d_in, d_out = taps.width(config, reads), taps.width(config, writes)
         for width in opts["widths"] or (16 * d_in,):
-            for k in opts["ks"] if top else opts["ks"][:1]:
-                name = f"{site.replace(':', '-')}_{opts['architecture']}_{width}"
-                name += f"_k{k}" if top and len(opts["ks"]) > 1 else ""
-                recipe = recipe_of(opts, steps, (d_in, width, d_out), k, bool(target))
+            for k in ks if kind in RANKED else (0,):
+                name = f"{site.replace(':', '-')}_{kind}_{width}"
+                name += f"_k{k}" if len(ks) > 1 else ""
+                recipe = recipe_of(opts, steps, (d_in, width, d_out), k, bool(transcoder))
                 jobs.append(Job(name, reads, writes, recipe))
     if opts["widths"] and opts["prefixes"] and len(opts["widths"]) > 1:
         raise InputError("--prefix is of one --width; train the others by themselves")
     return jobs
 
 
+def _require_meant(opts: dict[str, Any], ranked: tuple[str, ...]) -> None:
+    """Raise InputError for an option that would do nothing. ranked: architectures with a k."""
+    from core.errors import InputError
+
+    kind = opts["architecture"]
+    warm = {"--k-start": opts["k_start"], "--k-warmup": opts["k_warmup"]}
+    given = {"--k": opts["ks"], **warm, "--sparsity": opts["sparsity"] is not None,
+             "--target-l0": opts["target_l0"], "--prefix": opts["prefixes"]}  # fmt: skip
+    of = dict.fromkeys(("--k", *warm), ranked)
+    of |= {"--sparsity": [name for name in KINDS if name not in ranked],
+           "--target-l0": ["jumprelu"], "--prefix": ["matryoshka"]}  # fmt: skip
+    for option, kinds in of.items():
+        if given[option] and kind not in kinds:
+            raise InputError(f"{option} is of --architecture {', '.join(kinds)}, not of {kind}; "
+                             "leave it out")  # fmt: skip
+    if opts["target_l0"] and opts["l0_loss"] != "quadratic":
+        raise InputError("--target-l0 is of --l0-loss quadratic; give that, or leave it out")
+    if any(warm.values()) and not all(warm.values()):
+        raise InputError("--k-start and --k-warmup belong together; give both, or neither")
+
+
 def recipe_of(
     opts: dict[str, Any], steps: int, sizes: tuple[int, int, int], k: int, transcoder: bool
 ) -> Any:
-    """The `sae.training.step.Recipe` of one of them. sizes: width in, features, width out."""
+    """The `sae.training.step.Recipe` of one of them. sizes: width in, features, width out.
+
+    k: 0 for architectures without one.
+    """
     from sae.training import losses
     from sae.training.step import Recipe
 
     kind, (d_in, width, d_out) = opts["architecture"], sizes
-    ranked = kind in losses.RANKED
+    sparsity = opts["sparsity"]
+    if sparsity is None:
+        sparsity = {"jumprelu": 1.0, "standard": 5.0, "gated": 5.0}.get(kind, 0.0)
     nested = opts["prefixes"] or (max(width // 16, 1), max(width // 4, 1))
     objective = losses.Objective(
         kind,
-        k=k if ranked else 0,
-        k_start=opts["k_start"] or 0 if ranked else 0,
+        k=k,
+        k_start=opts["k_start"] or 0,
         centred=not transcoder,
-        sparsity=0.0 if ranked else opts["sparsity"] or {"jumprelu": 1.0}.get(kind, 5.0),
+        sparsity=sparsity,
         l0=opts["l0_loss"],
         target_l0=opts["target_l0"] or 0.0,
         bandwidth=opts["bandwidth"],

@@ -107,9 +107,9 @@ def evaluate(
             totals.add(found, _counts(batch, rows, config).reshape(-1))
             losses += [np.asarray(x_BT, np.float64).sum() for x_BT in of_tokens]
             if not np.isfinite(totals.arrays["scalars"]).all() or not np.isfinite(losses).all():
-                raise InputError(f"{rows.path}: an activation or loss in rows "
-                                 f"{batch.rows_B[batch.rows_B >= 0].tolist()} is not finite; "
-                                 "compute in float32, or look at the model")  # fmt: skip
+                raise InputError(f"{rows.path}: an activation or loss of row {batch.rows_B[0]}, or "
+                                 "of others in its batch, is not finite; compute in float32, or "
+                                 "look at the model")  # fmt: skip
             if (k + 1) % SAVE_EVERY == 0:
                 _save(run.path / "sums.npz", k + 1, totals, losses)
             bar.update(_tokens(plan, k))

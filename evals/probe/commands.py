@@ -142,8 +142,10 @@ def _question(
     from evals.probe import corpus as corpora
     from evals.probe import target as targets
 
-    if opts["label"] and opts["text"]:
+    if opts["label"] is not None and opts["text"]:
         raise InputError("--label names a column of --rows; a --text has none")
+    if opts["context"] and opts["rows"]:
+        raise InputError("--context cuts a --text into rows; leave it out with --rows")
     limit = loaded.config.context
     context = opts["context"] or min(CONTEXT, limit)
     if not 2 <= context <= limit:
@@ -161,11 +163,11 @@ def _question(
         corpus = corpora.from_text(opts["text"], tokenizer, context)
     corpus = corpus._replace(where=str(opts["rows"] or opts["text"]))
     labels_S, by_row = None, False
-    if opts["label"]:
+    if opts["label"] is not None:
         assert rows is not None
         labels_S, listed = corpora.column_labels(rows, opts["label"])
         target, by_row = targets.Target("label", opts["label"], np.zeros(0, np.int32)), not listed
-    elif opts["regex"]:
+    elif opts["regex"] is not None:
         target = targets.regex(opts["regex"], tokenizer)
     else:
         target = targets.token(opts["target"], tokenizer)

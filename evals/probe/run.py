@@ -273,6 +273,10 @@ def sites(text: str, site: str, config: Any) -> tuple[Tap, ...]:
         names = [*(["embed"] if site == "resid_post" else []), *map(str, layers)]
     else:
         names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+        for name in names:
+            if name != taps.EMBED and not name.isdecimal():
+                raise InputError(f"{name!r} is no layer; give auto, all, or numbers from 0 and "
+                                 "embed, separated by commas")  # fmt: skip
     if site != "resid_post" and taps.EMBED in names:
         raise InputError(f"layer embed is of the residual stream; leave it out with --site {site}")
     found = [taps.parse(n if n == taps.EMBED else f"{site}.{n}", config) for n in names]

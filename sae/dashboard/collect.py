@@ -190,9 +190,9 @@ class Collector:
         for batch, found in self._pass("activity", state, activity):
             active_F, total_F, max_F = (np.asarray(a_F, np.float64) for a_F in found)
             if not np.isfinite(total_F).all():
-                raise InputError(f"{self.rows.path}: features in rows "
-                                 f"{batch.rows_B[batch.rows_B >= 0].tolist()} are not finite; "
-                                 "compute in float32, or look at the model")  # fmt: skip
+                raise InputError(f"{self.rows.path}: features of row {batch.rows_B[0]}, or of "
+                                 "others in its batch, are not finite; compute in float32, or look "
+                                 "at the model")  # fmt: skip
             state["active"] += active_F.astype(np.int64)
             state["total"] += total_F
             np.maximum(state["max"], max_F, out=state["max"])

@@ -12,6 +12,7 @@ from sae import coder as coders
 from sae.coder import About, Coder, Sae
 
 Tensors = dict[str, np.ndarray]
+NAMED = 8  # tensors of a file that an error lists
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -45,9 +46,10 @@ def taken(tensors: Mapping[str, np.ndarray], names: Mapping[str, str], where: Pa
         fault = (
             f"no tensor {missing[0]!r}" if missing else f"an unexpected tensor {unexpected[0]!r}"
         )
+        held = ", ".join(sorted(tensors)[:NAMED]) + (", ..." if len(tensors) > NAMED else "")
         raise InputError(
-            f"{where} has {fault}; this architecture has {', '.join(asked)}, the file "
-            f"{', '.join(sorted(tensors))}: is it whole, and its config the one saved with it?"
+            f"{where} has {fault}; this architecture has {', '.join(asked)}, the file {held}: is "
+            "it an SAE's, is it whole, and its config the one saved with it?"
         )
     params = {}
     for theirs, ours in asked.items():

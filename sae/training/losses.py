@@ -102,7 +102,7 @@ class Objective:
                              "makes it sparse; give a positive one")  # fmt: skip
         if self.kind == "jumprelu" and self.l0 == "quadratic" and not 0 < self.target_l0 <= d_sae:
             raise InputError(f"the quadratic L0 loss has target {self.target_l0:g}; give how many "
-                             "features shall be active")  # fmt: skip
+                             "features shall be active, --target-l0")  # fmt: skip
         if self.kind != "matryoshka" and (self.widths or self.aux_by_prefix):
             raise InputError(f"prefixes of features are of matryoshka, not of {self.kind}; leave "
                              "out widths and aux_by_prefix")  # fmt: skip

@@ -212,7 +212,7 @@ def _check(jobs: list[Job]) -> None:
         if Path(name).name != name or name in (LOGS, STATE):
             raise InputError(f"{name!r} cannot be the name of an SAE's folder; choose another")
         if names.count(name) > 1:
-            raise InputError(f"two SAEs have the name {name}; give each its own")
+            raise InputError(f"{name} is asked for twice; give every --site, --width and --k once")
         job.recipe.check()
         coder = job.recipe.coder
         if (coder.architecture, coder.transcoder, False) not in KNOWN.values():
@@ -229,7 +229,7 @@ def _require_memory(reader: Reader, jobs: list[Job], settings: Settings) -> None
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if chunk + states > machine:
         remedy = "lower --buffer" if chunk > states else "train fewer or narrower ones at once"
-        raise InputError(f"{len(jobs)} SAEs need {states / 1e9:.3g} GB and a chunk of activations "
+        raise InputError(f"the SAEs need {states / 1e9:.3g} GB and a chunk of activations "
                          f"{chunk / 1e9:.3g} GB, the machine has {machine / 1e9:.3g}; {remedy}"
                          )  # fmt: skip
 

@@ -105,7 +105,35 @@ def test_refusals(world, refuse):
     message = refuse("sae", "train", *TRAIN, "--site", "resid_post.0", "--architecture", "topk",
                      "--k", 17, "--out", "no")  # fmt: skip
     assert "17" in message and "16 features" in message
+    message = refuse("sae", "train", *TRAIN, "--site", "mlp_in.1:", "--out", "no")
+    assert "site '' is unknown" in message
+    message = refuse("sae", "train", *TRAIN, *("--site", "embed") * 2, "--out", "no")
+    assert "embed_batchtopk_16 is asked for twice" in message
     assert not (world / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("jumprelu", "--k 4", "--k is of --architecture topk, abstopk, batchtopk, matryoshka"),
+        ("topk", "--sparsity 0", "--sparsity is of --architecture jumprelu, standard, gated"),
+        ("topk", "--prefix 4", "--prefix is of --architecture matryoshka, not of topk"),
+        ("gated", "--target-l0 4", "--target-l0 is of --architecture jumprelu, not of gated"),
+        ("jumprelu", "--target-l0 4", "--target-l0 is of --l0-loss quadratic"),
+        ("jumprelu", "--l0-loss quadratic", "give how many features shall be active, --target-l0"),
+        ("gated", "--sparsity 0", "sparsity coefficient 0, so nothing makes it sparse"),
+        ("topk", "--k-start 8", "--k-start and --k-warmup belong together"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(world, refuse, kind, options, said):
+    line = ("sae", "train", *MODEL, *POOL, "--site", "embed", "--batch", 32, "--tokens", 64)
+    assert said in refuse(*line, "--architecture", kind, *options.split(), "--out", "no")
+    assert not (world / "no").exists()
+
+
+def test_a_model_is_no_sae(world, refuse):
+    message = refuse("sae", "eval", *MODEL, *POOL, "--sae", "runs/base", "--out", "no")
+    assert "is it an SAE's" in message and len(message) < 500
 
 
 def test_a_spoilt_sae_is_named(world, refuse, tmp_path):

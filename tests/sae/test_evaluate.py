@@ -209,5 +209,5 @@ def test_refusals(loaded, rows, tmp_path):
     with pytest.raises(InputError, match="give --site"):
         places_of(random_sae(fits.coder, None), None, config)
     broken = loaded._replace(params=jax.tree.map(lambda x: x * np.nan, loaded.params))
-    with pytest.raises(InputError, match="in rows .* is not finite"):
+    with pytest.raises(InputError, match=r"of row \d+, or of others in its batch, is not finite"):
         run_eval(tmp_path / "run", broken, rows, fits)

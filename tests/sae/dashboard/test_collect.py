@@ -297,7 +297,7 @@ def test_refusals(loaded, rows, sae, tmp_path):
         other = classifier_of(np.zeros(F), sae="0" * 64)
         make(tmp_path / "b", loaded, rows, sae, classifier=other)
     broken = loaded._replace(params=jax.tree.map(lambda x: x * np.nan, loaded.params))
-    with pytest.raises(InputError, match="features in rows .* are not finite"):
+    with pytest.raises(InputError, match="features of row .* are not finite"):
         make(tmp_path / "c", broken, rows, sae)
     with pytest.raises(InputError, match="width 14, but the SAE made up reads 12"):
         make(tmp_path / "d", loaded, rows, sae_of(Coder("standard", 12, F, 12)))

@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite(loaded, rows, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("jobs", "settings", "message"),
     [
-        ([JOBS[0], JOBS[0]], SETTINGS, "two SAEs have the name resid"),
+        ([JOBS[0], JOBS[0]], SETTINGS, "resid is asked for twice"),
         ([JOBS[0]._replace(name="../x")], SETTINGS, "cannot be the name"),
         ([JOBS[0]._replace(name="logs")], SETTINGS, "cannot be the name"),
         (JOBS, dataclasses.replace(SETTINGS, tokens=29), "fill no step of 30; lower --batch"),

@@ -143,6 +143,8 @@ def test_rows_with_labels(invoke, model_folder, refuse, tmp_path, tokenizer):
     assert probe.about["metrics"]["ap"] > 0.6
     shutil.rmtree(tmp_path / "out")
     assert "no column 'bad'" in refuse("train", *asked, "--label", "bad", training=False)
+    line = ("train", *asked, "--label", "good", "--context", 8)
+    assert "leave it out with --rows" in refuse(*line, training=False)
 
 
 def test_view_reads_all_from_the_files(swept, invoke, text, tmp_path, loaded, tokenizer):
@@ -238,6 +240,8 @@ def test_refusals(refuse, text, tmp_path):
     assert "use `probe sweep`" in refuse("train", "--target", "x", "--layer", "0,1", *out)
     assert "nothing was given" in refuse("sweep", *out)
     assert "give one of" in refuse("sweep", "--target", "x", "--regex", "x", *out)
+    assert "matches every token" in refuse("sweep", "--regex", "", *out)
+    assert "names a column of --rows" in refuse("sweep", "--label", "", *out)
     assert "names a column of --rows" in refuse("sweep", "--label", "good", *out)
     assert "raise --eval-tokens" in refuse("sweep", "--target", "x", *out, "--eval-tokens", 20)
     assert "give 2 to 32" in refuse("sweep", "--target", "x", *out, "--context", 64)

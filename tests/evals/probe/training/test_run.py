@@ -198,3 +198,6 @@ def test_layers(loaded):
     for text, site in (("2", "resid_post"), ("x", "resid_post"), ("embed", "mlp_in")):
         with pytest.raises(InputError):
             sites(text, site, config)
+    for text in ("", "1,,0", "-1", "resid_post.1"):
+        with pytest.raises(InputError, match=r"is no layer; give auto, all, or numbers"):
+            sites(text, "resid_post", config)
