@@ -249,6 +249,11 @@ def convert_check(hf_dir: Path, tokens: int | None) -> None:
 # ---------------------------------------------------------------------------------------- data
 
 
+keep_option = click.option("--keep", multiple=True,
+                           help="column of the records to keep with the rows, as quality; may be "
+                           "repeated")  # fmt: skip
+
+
 @data_group.command("text")
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("--tokenizer", type=TOKENIZER, required=True,
@@ -258,6 +263,7 @@ def convert_check(hf_dir: Path, tokens: int | None) -> None:
               help="cut joined documents, or a row each")  # fmt: skip
 @click.option("--split", type=click.Choice(["file", "blank"]), default="file",
               help="what a document of a .txt file is")  # fmt: skip
+@keep_option
 @click.option("--inject-facts", is_flag=True,
               help="write products of two digits as the tokens of gpt2-mul")  # fmt: skip
 @out_option
@@ -270,7 +276,7 @@ def data_text(**opts: Any) -> None:
         if folder is not None:
             info = build_text_rows(
                 opts["files"], tokenizer, opts["length"], folder, opts["pack"], opts["split"],
-                opts["inject_facts"],
+                opts["inject_facts"], opts["keep"],
             )  # fmt: skip
             show(opts["out"], info, "rows", "tokens", "documents", "facts", "empty_documents",
                  "long_documents", "dropped_tokens")  # fmt: skip
@@ -286,6 +292,7 @@ def data_text(**opts: Any) -> None:
 @click.option("--prompt-field", help="with the one user message; needs --answer-field")
 @click.option("--answer-field", help="with the one assistant message")
 @click.option("--train-newline", is_flag=True, help="also train the newline after an answer's end")
+@keep_option
 @click.option("--drop-malformed", is_flag=True, help="leave out and count what cannot be rendered")
 @out_option
 def data_chat(**opts: Any) -> None:
@@ -298,7 +305,7 @@ def data_chat(**opts: Any) -> None:
             fields = Fields(opts["messages_field"], opts["prompt_field"], opts["answer_field"])
             info = build_chat_rows(
                 opts["files"], tokenizer, opts["length"], folder, opts["template"], fields,
-                opts["train_newline"], opts["drop_malformed"],
+                opts["train_newline"], opts["drop_malformed"], opts["keep"],
             )  # fmt: skip
             show(opts["out"], info, "rows", "tokens", "trained_share", "truncated",
                  "dropped_untrained", "dropped_unaligned", "dropped_malformed")  # fmt: skip

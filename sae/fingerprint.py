@@ -94,7 +94,7 @@ def fingerprint(
     done = sum(int(plan.rows.lengths[c[c >= 0]].sum()) for c, _ in plan.batches[:start])
     with Progress(total, "sae fingerprint", "token", done) as bar:
         for _, (rows_B, mask_BT, out) in overlapped(read_ahead(plan, start), compute):
-            _check_finite(rows, rows_B, out)
+            _check_finite(rows, rows_B, out, arrays)
             places_M = (offsets[rows_B, None] + np.cumsum(mask_BT, 1) - 1)[mask_BT]
             for name, array in arrays.items():
                 by_token = name.startswith("token")
@@ -159,10 +159,17 @@ def _dtype(name: str) -> str:
     return "int32" if name.endswith("index") else "float32"
 
 
-def _check_finite(rows: Rows, rows_B: np.ndarray, out: dict[str, np.ndarray]) -> None:
+def _check_finite(
+    rows: Rows, rows_B: np.ndarray, out: dict[str, np.ndarray], arrays: dict[str, FilledArray]
+) -> None:
+    """Raise InputError for a row that is not; if it is among the first, leave nothing behind."""
     seen_BX = np.concatenate([out["statistics"], out["hidden_mean"]], 1)
     bad_B = (rows_B >= 0) & ~np.isfinite(seen_BX).all(1)
     if bad_B.any():
+        if not arrays["statistics"].next_batch:
+            for array in arrays.values():
+                array.path.unlink()
+                array.journal.unlink()
         raise InputError(f"{rows.path} row {rows_B[bad_B.argmax()]} has activations or features "
                          "that are not finite; check the model's weights, or use --dtype float32"
                          )  # fmt: skip

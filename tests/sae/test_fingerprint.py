@@ -200,6 +200,10 @@ def test_activations_that_are_not_finite_are_named_by_row(loaded, rows, tmp_path
         make(tmp_path / "out", loaded._replace(params=params), rows)
     number = re.search(r"rows row (\d+) has", str(error.value))
     assert number and 5 in rows.ids(int(number[1]))
+    broken = loaded._replace(params=jax.tree.map(lambda x: np.full_like(x, np.nan), params))
+    with pytest.raises(InputError, match="not finite"):
+        make(tmp_path / "broken", broken, rows)
+    assert not (tmp_path / "broken").exists()
 
 
 @pytest.mark.parametrize("what", ["format", "key", "count", "index", "shape", "missing", "offsets"])

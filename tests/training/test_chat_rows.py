@@ -239,3 +239,10 @@ def test_a_saved_tokenizer_leaves_no_strange_template(tmp_path):
     )
     with_one.save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ 'mine' }}"
+
+
+def test_kept_columns(tmp_path):
+    """As the quality that SmolTalk's rows come with."""
+    records = [{"messages": turns("Hi.", "Ho."), "quality": word} for word in ("good", "poor")]
+    rows, _ = made(tmp_path, [write(tmp_path / "pool.jsonl", records)], keep=("quality",))
+    assert rows.column("quality") == ["good", "poor"]

@@ -211,3 +211,38 @@ def test_bad_requests(tmp_path, jsonl):
     with pytest.raises(InputError, match="single token"):
         only_bos = dataclasses.replace(WITH_BOS, encode_text=lambda text: [])
         build_text_rows([tmp_path / "one.txt"], only_bos, 8, tmp_path / "rows")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_kept_columns_are_of_a_rows_first_token(tmp_path, suffix):
+    """Values keep their kind; a text file and a record without one have none."""
+    records = [
+        {"text": "a long text of one document", "quality": "good", "label": 1, "score": 0.5},
+        {"text": "short", "quality": None, "label": 0, "score": 1.0},
+    ]
+    path, plain = tmp_path / f"pool{suffix}", tmp_path / "plain.txt"
+    plain.write_text("nothing is said of it")
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, records)))
+    keep = ("quality", "label", "score")
+    rows, _ = made(tmp_path, [path, plain], 16, pack="document", keep=keep)
+    assert rows.column("quality") == ["good", "good", None, None, None]
+    assert rows.column("label") == [1, 1, 0, None, None]
+    assert rows.column("score") == [0.5, 0.5, 1.0, None, None]
+
+
+def test_columns_that_cannot_be_kept(tmp_path):
+    path = tmp_path / "pool.jsonl"
+    values = [{"text": "a", "q": 1, "list": [1]}, {"text": "b", "q": "two"}]
+    path.write_text("\n".join(map(json.dumps, values)))
+    for name, message in (
+        ("absent", "--keep absent: no record of .* has it; name another column"),
+        ("list", "line 1 holds a list; texts and numbers can be kept"),
+        ("q", "line 2 holds a str, those before it int; write them all alike"),
+        ("doc", "rows have a column of that name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            made(tmp_path, [path], 16, keep=(name,))
+    assert not (tmp_path / "rows").exists()

@@ -25,6 +25,7 @@ from training.data.records import (
     JSONL,
     ORIGIN,
     PARQUET,
+    Kept,
     Record,
     check_files,
     origin,
@@ -52,12 +53,14 @@ def build_chat_rows(
     fields: Fields = Fields(),
     train_newline: bool = False,
     drop_malformed: bool = False,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the files' conversations, in order, into the rows folder `out`; returns `rows.json`.
 
     length: most tokens of a row. template: of `tokenizers.templates`, by default the tokenizer's
     own. train_newline: also train the newline after an assistant's end of turn. Columns: source and
-    doc, as for texts. The counts are also given for each source.
+    doc, as for texts, and those of the records named in `keep`. The counts are also given for each
+    source.
     """
     paths = [Path(file) for file in files]
     check_files(paths, (*JSONL, PARQUET))
@@ -67,11 +70,12 @@ def build_chat_rows(
         raise InputError("give both --prompt-field and --answer-field, or neither")
     form = template_of(tokenizer, template)
     sources: dict[str, Counter[str]] = {}
+    kept = Kept(paths, keep)
 
     def rows(bar: Progress) -> Iterator[Row]:
         done = tokens = 0
         for path in paths:
-            for record in read_records(path, (*ORIGIN, *_names(fields))):
+            for record in read_records(path, (*ORIGIN, *_names(fields), *keep)):
                 source, doc = origin(path, record)
                 counts = sources.setdefault(source, Counter())
                 counts["conversations"] += 1
@@ -93,7 +97,8 @@ def build_chat_rows(
                 counts.update(rows=1, tokens=len(made.input_ids), trained=trained)
                 counts["truncated"] += made.cut > 0
                 tokens += len(made.input_ids)
-                yield Row(made.input_ids, made.labels, {"source": source, "doc": doc})
+                columns = {"source": source, "doc": doc, **kept.of(path, record)}
+                yield Row(made.input_ids, made.labels, columns)
                 bar.update((done + record.end) // 1000 - bar.done, tokens=f"{tokens:,}")
             done += path.stat().st_size
         if not tokens:
@@ -113,7 +118,7 @@ def build_chat_rows(
         }
 
     with Progress(sum(path.stat().st_size for path in paths) // 1000, "tokenise", "kB") as bar:
-        types = {"source": "string", "doc": "string"}
+        types = {"source": "string", "doc": "string", **kept.types}
         return write_rows(out, rows(bar), types, tokenizer.fingerprint, info)
 
 

@@ -101,3 +101,53 @@ def origin(path: Path, record: Record) -> tuple[str, str]:
     names = (doc, other, f"{path}:{record.number}")
     found = next(name for name in names if name is not None)
     return path.stem if source is None else str(source), str(found)
+
+
+KINDS = (bool, int, float, str)  # of values that a column can keep
+MADE = ("input_ids", "labels", "source", "doc", "documents")  # columns that rows have anyway
+
+
+class Kept:
+    """Columns of records that their rows keep: texts, numbers or truth values, or none.
+
+    What a column holds is what its first value is; another kind later is an InputError, as is a
+    column that no record has.
+    """
+
+    def __init__(self, paths: Sequence[Path], names: Sequence[str]):
+        self.kinds: dict[str, type] = {}
+        for name in names:
+            if name in MADE:
+                raise InputError(f"--keep {name}: rows have a column of that name; leave it out")
+            self.kinds[name] = self._first(paths, name)
+
+    def _first(self, paths: Sequence[Path], name: str) -> type:
+        for path in paths:
+            for record in read_records(path, [name]) if path.suffix in (*JSONL, PARQUET) else ():
+                if (value := record.value.get(name)) is not None:
+                    if type(value) not in KINDS:
+                        raise InputError(f"--keep {name}: {path} {record.where} holds a "
+                                         f"{type(value).__name__}; texts and numbers can be kept"
+                                         )  # fmt: skip
+                    return type(value)
+        raise InputError(f"--keep {name}: no record of {paths[0]} has it; name another column")
+
+    @property
+    def types(self) -> dict[str, str]:
+        """As pyarrow names them."""
+        arrow = {bool: "bool", int: "int64", float: "float64", str: "string"}
+        return {name: arrow[kind] for name, kind in self.kinds.items()}
+
+    def of(self, path: Path, record: Record) -> dict[str, Any]:
+        """What a record has in the columns, None where it has nothing."""
+        found = {}
+        for name, kind in self.kinds.items():
+            value = record.value.get(name)
+            if type(value) is int and kind is float:
+                value = float(value)
+            if value is not None and type(value) is not kind:
+                raise InputError(f"--keep {name}: {path} {record.where} holds a "
+                                 f"{type(value).__name__}, those before it {kind.__name__}; "
+                                 "write them all alike")  # fmt: skip
+            found[name] = value
+        return found

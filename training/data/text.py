@@ -29,6 +29,7 @@ from training.data.records import (
     JSONL,
     ORIGIN,
     PARQUET,
+    Kept,
     check_files,
     origin,
     read_lines,
@@ -46,6 +47,7 @@ class Document(NamedTuple):
     source: str
     doc: str
     end: int
+    kept: dict[str, Any]
 
 
 class Frame(NamedTuple):
@@ -62,6 +64,7 @@ class Piece(NamedTuple):
     number: int
     source: str
     doc: str
+    kept: dict[str, Any]
 
 
 def build_text_rows(
@@ -72,12 +75,14 @@ def build_text_rows(
     pack: Pack = "concat",
     split: Split = "file",
     inject_facts: bool = False,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the files' documents, in order, into the rows folder `out`; returns its `rows.json`.
 
     length: most tokens of a row. split: what a document of a .txt file is, all of it or each run
     of lines between `blank` ones. Columns: source (default: the file's name without suffix) and doc
-    (default: the file, and the line or row), of a row's first token; documents: where in the row
+    (default: the file, and the line or row), and those of the records named in `keep`, of a row's
+    first token; documents: where in the row
     each of its documents starts, the number it has among all, and its source and doc. Every token
     is supervised. inject_facts: rewrite products as the tokens of `tokenizers.mul_facts`, which
     must be there.
@@ -91,10 +96,11 @@ def build_text_rows(
         raise InputError(f"tokenizer {tokenizer.name} has no token {fact} for --inject-facts; use "
                          "gpt2-mul")  # fmt: skip
     around = frame(tokenizer, pack)
+    kept = Kept(paths, keep)
     counts = Counter(documents=0, empty_documents=0, long_documents=0, dropped_tokens=0, facts=0)
 
     def rows(bar: Progress) -> Iterator[Row]:
-        documents = _documents(paths, split, counts)
+        documents = _documents(paths, split, kept, counts)
         if inject_facts:
             documents = (_injected(document, counts) for document in documents)
         pieces = _encode(documents, tokenizer, around, length, counts, bar)
@@ -123,7 +129,7 @@ def build_text_rows(
         }
 
     with Progress(sum(path.stat().st_size for path in paths) // 1000, "tokenise", "kB") as bar:
-        return write_rows(out, rows(bar), _types(), tokenizer.fingerprint, info)
+        return write_rows(out, rows(bar), {**_types(), **kept.types}, tokenizer.fingerprint, info)
 
 
 def _types() -> dict[str, Any]:
@@ -138,9 +144,10 @@ def _columns(parts: Sequence[Piece]) -> dict[str, Any]:
     starts = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
     documents = [
         {"start": start, "number": number, "source": source, "doc": doc}
-        for start, (_, number, source, doc) in zip(starts, parts, strict=False)
+        for start, (_, number, source, doc, _) in zip(starts, parts, strict=False)
     ]
-    return {"source": parts[0].source, "doc": parts[0].doc, "documents": documents}
+    first = parts[0]
+    return {"source": first.source, "doc": first.doc, "documents": documents, **first.kept}
 
 
 def frame(tokenizer: Tokenizer, pack: Pack) -> Frame:
@@ -153,12 +160,14 @@ def frame(tokenizer: Tokenizer, pack: Pack) -> Frame:
     return Frame(before, tokenizer.eos)
 
 
-def _documents(paths: Sequence[Path], split: Split, counts: Counter[str]) -> Iterator[Document]:
+def _documents(
+    paths: Sequence[Path], split: Split, kept: Kept, counts: Counter[str]
+) -> Iterator[Document]:
     """The documents of all files that hold text; `end` counts the bytes of all files so far."""
     read = 0
     for path in paths:
         some = False
-        for document in READERS[path.suffix](path, split):
+        for document in READERS[path.suffix](path, split, kept):
             if document.text.strip():
                 some = True
                 yield document._replace(end=read + document.end)
@@ -185,9 +194,9 @@ def _encode(
 ) -> Iterator[Piece]:
     before, after = (np.array([] if i is None else [i], np.int32) for i in around)
     tokens = 0
-    for text, source, doc, end in documents:
+    for text, source, doc, end, kept in documents:
         ids = np.concatenate([before, tokenizer.encode(text), after])
-        yield Piece(ids, counts["documents"], source, doc)
+        yield Piece(ids, counts["documents"], source, doc, kept)
         tokens += len(ids)
         counts["documents"] += 1
         counts["long_documents"] += len(ids) > length
@@ -216,7 +225,8 @@ def by_document(pieces: Iterator[Piece], length: int) -> Iterator[list[Piece]]:
             yield [piece._replace(ids=piece.ids[start : start + length])]
 
 
-def _read_txt(path: Path, split: Split) -> Iterator[Document]:
+def _read_txt(path: Path, split: Split, kept: Kept) -> Iterator[Document]:
+    none = dict.fromkeys(kept.kinds)
     part, first, end = [], 1, 0
     for number, line, offset in read_lines(path):
         if split == "file" or line.strip():
@@ -225,20 +235,21 @@ def _read_txt(path: Path, split: Split) -> Iterator[Document]:
             part.append(line)
             end = offset
         elif part:
-            yield Document("".join(part).rstrip("\r\n"), path.stem, f"{path}:{first}", end)
+            text = "".join(part).rstrip("\r\n")
+            yield Document(text, path.stem, f"{path}:{first}", end, none)
             part = []
     if part:
         whole = split == "file"
         text = "".join(part) if whole else "".join(part).rstrip("\r\n")
-        yield Document(text, path.stem, str(path) if whole else f"{path}:{first}", end)
+        yield Document(text, path.stem, str(path) if whole else f"{path}:{first}", end, none)
 
 
-def _read_records(path: Path, split: Split) -> Iterator[Document]:
-    for record in read_records(path, ("text", *ORIGIN)):
+def _read_records(path: Path, split: Split, kept: Kept) -> Iterator[Document]:
+    for record in read_records(path, ("text", *ORIGIN, *kept.kinds)):
         text = record.value.get("text")
         if not isinstance(text, str):
             raise InputError(f'{path} {record.where} has no "text" with a string')
-        yield Document(text, *origin(path, record), record.end)
+        yield Document(text, *origin(path, record), record.end, kept.of(path, record))
 
 
 READERS = {".txt": _read_txt, **dict.fromkeys((*JSONL, PARQUET), _read_records)}
