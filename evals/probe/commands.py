@@ -187,7 +187,9 @@ def _question(
 def view_command(door: Door, **opts: Any) -> None:
     """Write a page that shows what the probes say about every token of a text."""
     from core.errors import InputError
-    from evals.probe.view import open_probes, view, write_view
+    from core.files import write_text
+    from evals.probe.page import page
+    from evals.probe.view import open_probes, view
 
     if opts["out"].suffix not in (".html", ".htm"):
         raise InputError(f"{opts['out']} must end in .html")
@@ -197,5 +199,5 @@ def view_command(door: Door, **opts: Any) -> None:
     tokenizer = door.tokenizer(opts["tokenizer"], loaded)
     shown = view(opts["probe"], probes, loaded, tokenizer, opts["text"], opts["tokens"],
                  opts["batch_tokens"])  # fmt: skip
-    write_view(opts["out"], shown)
+    write_text(opts["out"], page(shown))
     click.echo(tidy(f"{opts['out']}: layers {len(shown.layers)}, tokens {len(shown.tokens):,}"))

@@ -11,7 +11,6 @@ import numpy as np
 from core.checkpoint import Loaded
 from core.config import Execution
 from core.errors import InputError
-from core.files import write_text
 from evals.probe import activations
 from evals.probe.corpus import from_text, outside, truth
 from evals.probe.file import Probe, load_probe, require_match
@@ -102,9 +101,3 @@ def view(
         [probe.about["metrics"] for probe in probes],
         about,
     )
-
-
-def write_view(file: Path, shown: View) -> None:
-    from evals.probe.page import page
-
-    write_text(file, page(shown))

@@ -8,8 +8,7 @@ Dims: F features, K features with tokens and neighbours on the page, N features 
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +21,12 @@ from core.rundir import Run
 from core.taps import Tap
 from sae.coder import Sae
 from sae.dashboard import decoder
-from sae.dashboard.collect import Activity, Collector, Contexts, save
-from sae.dashboard.decoder import Effects
+from sae.dashboard.collect import Activity, Collector, save
+from sae.dashboard.page import page
+from sae.dashboard.view import DENSE, View
 from sae.places import places_of
 from sae.predict.classifier import Classifier, require_same
 
-DENSE = 0.1  # share of the tokens from which a feature says little
 ALL = 2**15  # features up to which the page has tokens and neighbours of all of them
 PAGE, FEATURES = "dashboard.html", "features.npz"
 
@@ -40,26 +39,6 @@ class Settings:
     features: int = 500
     also: tuple[int, ...] = ()
     batch_tokens: int = 8192
-
-
-class View(NamedTuple):
-    """All that the page shows. about: texts by name. weight_F: of a classifier, None without one.
-
-    detailed_K: features whose effects (None: the SAE writes to no place that has them) and
-    neighbours, near_KE and cosine_KE, are known. pieces: bytes of each token, None without a
-    tokenizer.
-    """
-
-    title: str
-    about: dict[str, str]
-    activity: Activity
-    weight_F: np.ndarray | None
-    detailed_K: np.ndarray
-    effects: Effects | None
-    near_KE: np.ndarray
-    cosine_KE: np.ndarray
-    contexts: Contexts
-    pieces: Mapping[int, bytes] | None
 
 
 def dashboard(
@@ -133,8 +112,6 @@ def interesting(activity: Activity, weight_F: np.ndarray | None, settings: Setti
 
 
 def _write(run: Run, view: View) -> None:
-    from sae.dashboard.page import page
-
     found, shown = view.activity, view.contexts
     numbers = {
         "active": found.active_F,

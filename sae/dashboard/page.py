@@ -18,8 +18,8 @@ import numpy as np
 
 from core.page.shell import document
 from core.page.text import about, count, decode, esc, named
-from sae.dashboard.build import DENSE, View
 from sae.dashboard.collect import LEVELS, SHELVES
+from sae.dashboard.view import DENSE, View
 
 HERE = Path(__file__).parent
 NO_TEXT = 2**32 - 1

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from sae.dashboard.build import View
 from sae.dashboard.collect import AROUND, BINS, KEPT, OTHERS, TOP, Activity, Contexts
 from sae.dashboard.decoder import ENDS, NEAREST, Effects
+from sae.dashboard.view import View
 
 F, TOKENS, ROW = 300, 20_000, 60
 HOSTILE = (

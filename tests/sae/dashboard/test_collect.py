@@ -19,6 +19,7 @@ from sae.coder import About, Coder, Sae, encode
 from sae.dashboard import build, collect, decoder
 from sae.dashboard.build import Settings
 from sae.dashboard.collect import AROUND, BINS, KEPT, LEVELS, OTHERS, TOP, Collector
+from sae.dashboard.view import DENSE
 from sae.predict.classifier import Classifier
 from sae.predict.predictors import Linear
 
@@ -265,8 +266,8 @@ def test_the_interesting_features(loaded, rows, sae, truth, tmp_path):
     """By weight with a classifier, else by maximum among those not dense; none that is dead."""
     density_F = (truth > 0).sum((0, 1)) / np.isfinite(truth[:, :, 0]).sum()
     top_F = np.nanmax(truth, (0, 1))
-    rare = [f for f in np.argsort(-top_F, kind="stable").tolist() if 0 < density_F[f] < build.DENSE]
-    assert len(rare) > 8 > 0 and density_F.max() > build.DENSE
+    rare = [f for f in np.argsort(-top_F, kind="stable").tolist() if 0 < density_F[f] < DENSE]
+    assert len(rare) > 8 > 0 and density_F.max() > DENSE
     settings = Settings(features=8, also=(F - 1, rare[-1]), batch_tokens=128)
     summary = make(tmp_path / "plain", loaded, rows, sae, settings)
     numbers = np.load(tmp_path / "plain" / build.FEATURES)
