@@ -108,7 +108,8 @@ def test_the_door_opens_at_once():
         ROOT / "training/options.py": {"core"},
         ROOT / "evals/commands.py": {"core"},
         ROOT / "evals/probe/commands.py": {"core"},
-        ROOT / "sae/commands.py": {"core"},
+        ROOT / "sae/commands.py": {"core", "sae"},
+        ROOT / "sae/training/options.py": {"core"},
     }
     for file, also in (commands | doors).items():
         if file.suffix == ".py":
