@@ -34,6 +34,7 @@ from sae.training.losses import Batch, Objective, Params, Phase
 Array = jax.Array | np.ndarray
 THRESHOLD_RATE = 0.01  # of the running mean of batchtopk's and matryoshka's threshold
 DENSE = 0.1  # a feature active in more than this share of rows is dense
+SAMPLE = 1024  # rows of which all features are held at the start
 LONG_SILENT = 1 << 30  # where counting stops, well below int32's end
 
 
@@ -95,11 +96,16 @@ class Recipe:
         """The learning rate of a step, from 0.
 
         By default 2e-4 / sqrt(F / 2^14) for what ranks (Gao et al.), 7e-5 for jumprelu (Gemma
-        Scope), 3e-4 for standard and gated (SAELens).
+        Scope), 3e-4 for standard and gated (SAELens). These last begin with half of all features
+        active and their thresholds and biases must travel, so a run of few steps has 1 / steps, up
+        to 1e-3.
         """
         by_width = 2e-4 / math.sqrt(self.d_sae / 2**14)
         by_kind = {"jumprelu": 7e-5, "standard": 3e-4, "gated": 3e-4}
-        lr = by_kind.get(self.objective.kind, by_width) if self.lr is None else self.lr
+        few = min(1 / self.steps, 1e-3)
+        known = by_kind.get(self.objective.kind)
+        lr = by_width if known is None else max(known, few)
+        lr = lr if self.lr is None else self.lr
         rise = (step + 1) / max(self.warmup, 1)
         fall = (self.steps - step) / max(self.decay * self.steps, 1)
         return lr * jnp.clip(jnp.minimum(rise, fall), 0, 1)
@@ -158,7 +164,9 @@ def initial(recipe: Recipe, sample_ND: Array, seed: int, sample_NO: Array | None
 
     Decoder rows of random directions; the encoder their transpose, a transcoder's encoder
     directions of its own; b_dec the geometric median of the (target's) sample. The encoder's biases
-    are such that it begins at the median of its input, centred or not. Random streams are named.
+    are such that it begins at the median of its input, centred or not. Where half of all features
+    begin active, the encoder is scaled so that they together say what the target is, not times as
+    much. Random streams are named.
     """
     recipe.check()
     sample_ND = jnp.asarray(sample_ND, jnp.float32)
@@ -182,11 +190,32 @@ def initial(recipe: Recipe, sample_ND: Array, seed: int, sample_NO: Array | None
     names = coders.shapes(recipe.coder).keys()
     if recipe.objective.kind in losses.OF_BATCH:
         names -= {"threshold"}
+    if recipe.objective.kind not in losses.RANKED:
+        some = slice(0, SAMPLE)
+        share = _loudness(
+            recipe.coder, {n: starts[n] for n in names}, sample_ND[some], target_NO[some]
+        )
+        starts |= {n: starts[n] * share for n in ("W_enc", "b_enc", "b_gate", "b_mag")}
     # Copies, because a step takes the buffers of its state, and no two may be the same.
     params = {name: jnp.array(starts[name], copy=True) for name in sorted(names)}
     silent_F = jnp.zeros(recipe.d_sae, jnp.int32)
     opt_state = recipe.optimizer().init(params)
     return State(jnp.zeros((), jnp.int32), params, opt_state, silent_F, jnp.zeros(()))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@full_precision
+def _loudness(coder: Coder, params: Params, x_ND: jax.Array, target_NO: jax.Array) -> jax.Array:
+    """What activations must be multiplied by so that the reconstruction is nearest the target.
+
+    At least a tenth of what makes them equally long, for a transcoder that knows nothing yet.
+    """
+    told_NO = coders.reconstruct(coder, params, x_ND)[1] - params["b_dec"][None]
+    wanted_NO = target_NO - params["b_dec"][None]
+    size = jnp.maximum((told_NO**2).sum(), 1e-30)
+    return jnp.maximum(
+        (told_NO * wanted_NO).sum() / size, 0.1 * jnp.sqrt((wanted_NO**2).sum() / size)
+    )
 
 
 @jax.jit
