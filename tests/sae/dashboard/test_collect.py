@@ -13,7 +13,7 @@ from core import model, rundir, taps
 from core.checkpoint import load_model
 from core.config import Execution
 from core.errors import InputError
-from core.rows import load_rows, pad_batch, save_rows
+from core.rows import pad_batch
 from core.taps import Tap
 from sae.coder import About, Coder, Sae, encode
 from sae.dashboard import build, collect, decoder
@@ -29,21 +29,8 @@ TAP, F = Tap("resid_post", 1), 40
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    found = load_model(GOLDEN / "gpt2_tiny")
-    return found._replace(config=dataclasses.replace(found.config, bos=0))
-
-
-@pytest.fixture(scope="module")
-def rows(loaded, tmp_path_factory):
-    """Half of the rows begin with the BOS."""
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(1, loaded.config.vocab_size, n).astype(np.int32) for n in LENGTHS]
-    for row in ids[::2]:
-        row[0] = 0
-    path = tmp_path_factory.mktemp("rows") / "rows"
-    save_rows(path, ids)
-    return load_rows(path)
+def rows(rows_of):
+    return rows_of(LENGTHS)
 
 
 def sae_of(coder: Coder, tap: str | None = str(TAP), tap_out: str | None = None) -> Sae:
