@@ -171,7 +171,8 @@ def fingerprint_command(door: Door, **opts: Any) -> None:
               help="features of a fingerprint that count, may be repeated, chosen on validation; "
               "default: all there are")  # fmt: skip
 @click.option("--quality", multiple=True,
-              help="column of the rows to compare with, as Magpie's quality")  # fmt: skip
+              help="column of the rows to compare with, may be repeated; default: those called "
+              "quality, reward and the like")  # fmt: skip
 @resume_option
 @out_option
 @click.pass_obj

@@ -12,6 +12,8 @@ from core.errors import InputError
 from core.rows import Rows
 
 # The words of Magpie's judges, as ranks; numbers are taken as they are.
+# Names under which Magpie, SmolTalk and others publish qualities: compared with unasked.
+KNOWN = ("quality", "input_quality", "reward", "instruct_reward", "reward_model_score")
 QUALITY = {"very poor": 1.0, "poor": 2.0, "average": 3.0, "good": 4.0, "excellent": 5.0}
 
 
@@ -37,7 +39,10 @@ def pool(
     quality: Sequence[str] = (),
     **about: Any,
 ) -> Pool:
-    """diagnostics: the lines of a score folder's `row_diagnostics.jsonl`. quality: columns."""
+    """diagnostics: the lines of a score folder's `row_diagnostics.jsonl`.
+
+    quality: columns; without any, those of the rows whose name is `KNOWN`.
+    """
     loss_N = np.full(len(rows), np.nan)
     for line in diagnostics:
         if line.get("loss") is not None:
@@ -47,7 +52,7 @@ def pool(
         "length": rows.lengths[:, None].astype(np.float64),
         "loss": loss_N[:, None] if np.isfinite(loss_N).any() else lacking,
     }
-    for name in quality:
+    for name in quality or [name for name in KNOWN if name in rows.columns]:
         values = rows.column(name)
         if values is None:
             raise InputError(f"{rows.path} has no column {name!r} (found: "

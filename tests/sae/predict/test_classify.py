@@ -292,3 +292,11 @@ def test_refusals(pools, tmp_path):
         read_fingerprints(tmp_path)
     with pytest.raises(InputError, match="holds no classifier"):
         classifier.load(tmp_path)
+
+
+def test_a_quality_of_a_known_name_is_compared_with_unasked(tmp_path):
+    rows = planted.rows(tmp_path / "rows", quality=QUALITIES)
+    for asked in ([], ["quality"]):
+        assert "quality quality" in pool(rows, np.zeros(len(rows)), [], asked).columns
+    plain = planted.rows(tmp_path / "plain")
+    assert [*pool(plain, np.zeros(len(plain)), []).columns] == ["length", "loss"]
