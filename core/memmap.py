@@ -150,5 +150,8 @@ def open_array(path: PathLike, mode: str = "r") -> np.memmap:
         if mode != "r":  # fill it up with zeros
             array = np.lib.format.open_memmap(path, mode)  # pyright: ignore[reportArgumentType]
         return array
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give an array that numpy saved (.npy)") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be opened as an array ({error})") from error
+        raise InputError(f"{path} cannot be opened as an array ({error}); it must be a whole .npy "
+                         "file") from error  # fmt: skip

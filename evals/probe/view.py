@@ -45,6 +45,9 @@ def open_probes(path: Path) -> list[Probe]:
         if not files:
             raise InputError(f"{path} holds no probe; give a folder of `probe train` or "
                              "`probe sweep`, or a probe file")  # fmt: skip
+    elif not path.exists():
+        raise InputError(f"{path} does not exist; give a folder of `probe train` or `probe sweep`, "
+                         "or a probe file")  # fmt: skip
     else:
         files = [path]
     probes = sorted((load_probe(file) for file in files), key=lambda probe: probe.about["layer"])
