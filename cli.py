@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from attribution.commands import attribute_group
+from attribution.commands.bench import bench_attribution, bench_magic
 from core.command import (
     MODEL,
     NATURAL,
@@ -26,7 +27,6 @@ from core.command import (
     Finite,
     Group,
     adapter_option,
-    batch_tokens_option,
     benchmark,
     execution,
     execution_options,
@@ -40,6 +40,7 @@ from core.command import (
     tidy,
     trained_adapter,
 )
+from evals.bench_commands import bench_eval, bench_generate, bench_probe
 from evals.commands import (
     TASKS,
     TASKS_HELP,
@@ -51,7 +52,7 @@ from evals.commands import (
     watching_options,
 )
 from evals.probe.commands import probe_group
-from sae.commands import sae_group
+from sae.commands import bench_sae, sae_group
 from training.options import training_options, training_settings
 
 
@@ -90,6 +91,10 @@ cli.add_command(attribute_group)
 cli.add_command(sae_group)
 cli.add_command(probe_group)
 bench_group = group("bench", "Speed and memory, as ratios measured in one run.")
+for bench in (
+    bench_attribution, bench_magic, bench_eval, bench_generate, bench_probe, bench_sae,
+):  # fmt: skip
+    bench_group.add_command(bench)
 
 
 def load_rows(path: Path, loaded: Any) -> Any:
@@ -548,119 +553,6 @@ def report(source: Path, out: Path | None) -> None:
     click.echo(tidy(f"{target / 'report.html'}"))
 
 
-PRESET = click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"])
-preset_option = click.option(
-    "--preset", default="tiny", type=PRESET, help="size of the model; its weights are random"
-)
-
-
-@bench_group.command("attribution")
-@preset_option
-@click.option("--batch", type=POSITIVE, default=8, help="rows")
-@click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
-@click.option("--projection-dim", type=POSITIVE, multiple=True, default=(16, 32),
-              help="P of the P x P projection, may be repeated")  # fmt: skip
-@click.option("--repeats", type=POSITIVE, default=7, help="alternating, of which the median")
-@click.option("--program", "programs", multiple=True, help="to time beside value_and_grad, may be "
-              "repeated (see attribution/bench.py); default: all")  # fmt: skip
-@click.option("--parts/--no-parts", default=False, help="also time a training step's pieces")
-@click.option("--out", type=PATH, help="a .json file for the result")
-@execution_options
-def bench_attribution(**opts: Any) -> None:
-    """Time attribution's passes against value-and-grad, forward and vmap(grad)."""
-    from attribution.bench import PROGRAMS, bench, table
-    from core.errors import InputError
-
-    if unknown := sorted({*opts["programs"]} - {*PROGRAMS}):
-        raise InputError(f"--program {unknown[0]} is unknown; known: {', '.join(PROGRAMS)}")
-    benchmark(
-        opts["out"], table, bench,
-        opts["preset"], opts["batch"], opts["length"], opts["projection_dim"], opts["repeats"],
-        opts["programs"] or PROGRAMS, opts["parts"], execution(opts),
-    )  # fmt: skip
-
-
-@bench_group.command("magic")
-@preset_option
-@click.option("--batch", type=POSITIVE, default=8, help="rows")
-@click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
-@click.option("--queries", type=POSITIVE, default=8, help="walked back together, beside one alone")
-@click.option("--optimizer", type=click.Choice(["sgd", "adamw", "muon"]), default="sgd")
-@click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
-@click.option("--reverse/--no-reverse", default=False, help="also reverse-over-reverse")
-@click.option("--memory-only", is_flag=True, help="compile and run nothing; fits anywhere")
-@click.option("--out", type=PATH, help="a .json file for the result")
-@execution_options
-def bench_magic(**opts: Any) -> None:
-    """Time a training step walked backwards, and what it holds, against the step."""
-    from attribution.magic.bench import bench, table
-    from training.optim import Optim
-
-    momentum = 0.95 if opts["optimizer"] == "muon" else 0.0
-    optim = Optim(
-        opts["optimizer"], schedule="constant", clip=0.0, eps_root=1e-8, momentum=momentum
-    )
-    benchmark(
-        opts["out"], table, bench,
-        opts["preset"], opts["batch"], opts["length"], opts["queries"], optim,
-        0 if opts["memory_only"] else opts["repeats"], opts["reverse"], execution(opts),
-    )  # fmt: skip
-
-
-@bench_group.command("eval")
-@click.option("--vocab", "vocabularies", type=click.Choice(["1280", "262144"]), multiple=True,
-              default=("1280", "262144"), help="words of the model, may be repeated")  # fmt: skip
-@click.option("--repeats", type=POSITIVE, default=3, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
-@batch_tokens_option
-@execution_options
-def bench_eval(**opts: Any) -> None:
-    """Time the benchmark scorer against one padded row and all logits for each request."""
-    from evals.bench_scorer import CASES, bench, table
-
-    cases = [case for case in CASES if str(case.vocab) in opts["vocabularies"]]
-    how = (opts["batch_tokens"], opts["repeats"], execution(opts))
-    benchmark(opts["out"], table, bench, cases, *how)
-
-
-@bench_group.command("sae")
-@click.option("--preset", default="gemma3-270m", type=PRESET, help="shapes; weights are random")
-@click.option("--layer", type=NATURAL, default=12)
-@click.option("--width", type=POSITIVE, default=16_384, help="features of the SAE")
-@click.option("--batch", type=POSITIVE, default=4, help="rows")
-@click.option("--length", type=POSITIVE, default=512, help="tokens of a row")
-@click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
-@execution_options
-def bench_sae(**opts: Any) -> None:
-    """Time fingerprints and an SAE's training step against the model's forward to its layer."""
-    from sae.bench import bench, table
-
-    how = (opts["batch"], opts["length"], opts["repeats"], execution(opts))
-    benchmark(opts["out"], table, bench, opts["preset"], opts["layer"], opts["width"], *how)
-
-
-@bench_group.command("probe")
-@preset_option
-@click.option("--rows", type=POSITIVE, default=256, help="made-up ones")
-@click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
-@click.option("--samples", type=POSITIVE, default=500, help="positives to train on")
-@click.option("--repeats", type=POSITIVE, default=3, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
-@batch_tokens_option
-@execution_options
-def bench_probe(**opts: Any) -> None:
-    """Time a sweep of probes over all layers against a probe of the last one."""
-    from evals.bench_probe import bench, table
-    from evals.probe.run import Settings
-
-    settings = Settings(samples=opts["samples"], batch_tokens=opts["batch_tokens"])
-    benchmark(
-        opts["out"], table, bench,
-        opts["preset"], opts["rows"], opts["length"], settings, opts["repeats"], execution(opts),
-    )  # fmt: skip
-
-
 @bench_group.command("tokenizer")
 @click.option("--tokenizer", type=TOKENIZER, default="bytes",
               help="a name, or a folder or file")  # fmt: skip
@@ -672,25 +564,6 @@ def bench_tokenizer(**opts: Any) -> None:
     from tokenizers.bench import bench, table
 
     benchmark(opts["out"], table, bench, opts["tokenizer"], opts["text"], opts["repeats"])
-
-
-@bench_group.command("generate")
-@preset_option
-@click.option("--batch", type=POSITIVE, default=8, help="rows")
-@click.option("--prompt-length", type=POSITIVE, default=128, help="tokens of a prompt")
-@click.option("--new-tokens", type=POSITIVE, default=33, help="rounded up to 1 + whole calls")
-@click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
-@execution_options
-def bench_generate(**opts: Any) -> None:
-    """Time prefill and decoding against reading all weights once and against no cache."""
-    from evals.bench import bench, table
-
-    benchmark(
-        opts["out"], table, bench,
-        opts["preset"], opts["batch"], opts["prompt_length"], opts["new_tokens"],
-        opts["repeats"], execution(opts),
-    )  # fmt: skip
 
 
 @cli.command("run")

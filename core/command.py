@@ -239,6 +239,10 @@ lora_options = options(
     click.option("--lora-rslora", is_flag=True,
                  help="scale by alpha / sqrt(rank), not alpha / rank"),
 )  # fmt: skip
+PRESET = click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythia-160m"])
+preset_option = click.option(
+    "--preset", default="tiny", type=PRESET, help="size of the model; its weights are random"
+)
 batch_tokens_option = click.option(
     "--batch-tokens", type=POSITIVE, default=8192, help="tokens of a batch, padding included"
 )

@@ -9,8 +9,10 @@ from core.command import (
     NATURAL,
     PATH,
     POSITIVE,
+    PRESET,
     Door,
     batch_tokens_option,
+    benchmark,
     execution,
     execution_options,
     load_model,
@@ -268,3 +270,20 @@ def dashboard_command(door: Door, **opts: Any) -> None:
         summary = build.dashboard(run, loaded, rows, sae, tap, door.own(loaded), *how)
         run.finish(**summary)
         show(run.path / build.PAGE, summary)
+
+
+@click.command("sae")
+@click.option("--preset", default="gemma3-270m", type=PRESET, help="shapes; weights are random")
+@click.option("--layer", type=NATURAL, default=12)
+@click.option("--width", type=POSITIVE, default=16_384, help="features of the SAE")
+@click.option("--batch", type=POSITIVE, default=4, help="rows")
+@click.option("--length", type=POSITIVE, default=512, help="tokens of a row")
+@click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
+@click.option("--out", type=PATH, help="a .json file for the result")
+@execution_options
+def bench_sae(**opts: Any) -> None:
+    """Time fingerprints and an SAE's training step against the model's forward to its layer."""
+    from sae.bench import bench, table
+
+    how = (opts["batch"], opts["length"], opts["repeats"], execution(opts))
+    benchmark(opts["out"], table, bench, opts["preset"], opts["layer"], opts["width"], *how)

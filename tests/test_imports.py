@@ -107,6 +107,7 @@ def test_the_door_opens_at_once():
         ROOT / "core/command.py": set(),
         ROOT / "training/options.py": {"core"},
         ROOT / "evals/commands.py": {"core"},
+        ROOT / "evals/bench_commands.py": {"core"},
         ROOT / "evals/probe/commands.py": {"core"},
         ROOT / "sae/commands.py": {"core", "sae"},
         ROOT / "sae/training/options.py": {"core"},
