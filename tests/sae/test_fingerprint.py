@@ -228,5 +228,5 @@ def test_a_damaged_folder_is_refused(made, tmp_path, what):
     else:
         (folder / "mean_value.npy").unlink()
     (folder / "info.json").write_text(json.dumps(info))
-    with pytest.raises(InputError, match="not describe|not fit|cannot be opened"):
+    with pytest.raises(InputError, match="not describe|not fit|cannot be opened|does not exist"):
         read_fingerprints(folder)
