@@ -35,6 +35,7 @@ from core.command import (
     model_option,
     out_option,
     producing,
+    result_option,
     running,
     show,
     tidy,
@@ -558,7 +559,7 @@ def report(source: Path, out: Path | None) -> None:
               help="a name, or a folder or file")  # fmt: skip
 @click.option("--text", type=PATH, help="a UTF-8 file; default: a sample made on the spot")
 @click.option("--repeats", type=POSITIVE, default=5, help="of which the best")
-@click.option("--out", type=PATH, help="a .json file for the result")
+@result_option
 def bench_tokenizer(**opts: Any) -> None:
     """Time a tokenizer on documents of 4 kB, both ways, and its loading."""
     from tokenizers.bench import bench, table

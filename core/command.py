@@ -243,6 +243,7 @@ PRESET = click.Choice(["tiny", "gemma3-tiny", "gpt2-124m", "gemma3-270m", "pythi
 preset_option = click.option(
     "--preset", default="tiny", type=PRESET, help="size of the model; its weights are random"
 )
+result_option = click.option("--out", type=PATH, help="a .json file for the result")
 batch_tokens_option = click.option(
     "--batch-tokens", type=POSITIVE, default=8192, help="tokens of a batch, padding included"
 )

@@ -5,13 +5,13 @@ from typing import Any
 import click
 
 from core.command import (
-    PATH,
     POSITIVE,
     batch_tokens_option,
     benchmark,
     execution,
     execution_options,
     preset_option,
+    result_option,
 )
 
 
@@ -19,7 +19,7 @@ from core.command import (
 @click.option("--vocab", "vocabularies", type=click.Choice(["1280", "262144"]), multiple=True,
               default=("1280", "262144"), help="words of the model, may be repeated")  # fmt: skip
 @click.option("--repeats", type=POSITIVE, default=3, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
+@result_option
 @batch_tokens_option
 @execution_options
 def bench_eval(**opts: Any) -> None:
@@ -37,7 +37,7 @@ def bench_eval(**opts: Any) -> None:
 @click.option("--prompt-length", type=POSITIVE, default=128, help="tokens of a prompt")
 @click.option("--new-tokens", type=POSITIVE, default=33, help="rounded up to 1 + whole calls")
 @click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
+@result_option
 @execution_options
 def bench_generate(**opts: Any) -> None:
     """Time prefill and decoding against reading all weights once and against no cache."""
@@ -56,7 +56,7 @@ def bench_generate(**opts: Any) -> None:
 @click.option("--length", type=POSITIVE, default=256, help="tokens of a row")
 @click.option("--samples", type=POSITIVE, default=500, help="positives to train on")
 @click.option("--repeats", type=POSITIVE, default=3, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
+@result_option
 @batch_tokens_option
 @execution_options
 def bench_probe(**opts: Any) -> None:

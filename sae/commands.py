@@ -20,6 +20,7 @@ from core.command import (
     options,
     out_option,
     producing,
+    result_option,
     running,
     show,
     tidy,
@@ -279,7 +280,7 @@ def dashboard_command(door: Door, **opts: Any) -> None:
 @click.option("--batch", type=POSITIVE, default=4, help="rows")
 @click.option("--length", type=POSITIVE, default=512, help="tokens of a row")
 @click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
-@click.option("--out", type=PATH, help="a .json file for the result")
+@result_option
 @execution_options
 def bench_sae(**opts: Any) -> None:
     """Time fingerprints and an SAE's training step against the model's forward to its layer."""

@@ -5,12 +5,12 @@ from typing import Any
 import click
 
 from core.command import (
-    PATH,
     POSITIVE,
     benchmark,
     execution,
     execution_options,
     preset_option,
+    result_option,
 )
 
 
@@ -24,7 +24,7 @@ from core.command import (
 @click.option("--program", "programs", multiple=True, help="to time beside value_and_grad, may be "
               "repeated (see attribution/bench.py); default: all")  # fmt: skip
 @click.option("--parts/--no-parts", default=False, help="also time a training step's pieces")
-@click.option("--out", type=PATH, help="a .json file for the result")
+@result_option
 @execution_options
 def bench_attribution(**opts: Any) -> None:
     """Time attribution's passes against value-and-grad, forward and vmap(grad)."""
@@ -49,7 +49,7 @@ def bench_attribution(**opts: Any) -> None:
 @click.option("--repeats", type=POSITIVE, default=5, help="alternating, of which the median")
 @click.option("--reverse/--no-reverse", default=False, help="also reverse-over-reverse")
 @click.option("--memory-only", is_flag=True, help="compile and run nothing; fits anywhere")
-@click.option("--out", type=PATH, help="a .json file for the result")
+@result_option
 @execution_options
 def bench_magic(**opts: Any) -> None:
     """Time a training step walked backwards, and what it holds, against the step."""
